@@ -1,0 +1,117 @@
+// Chooses the instruction set at run time and exports the C ABI.
+#include <cstring>
+
+#include "../platform.h"
+#include "kernels.h"
+
+namespace detinfer {
+namespace {
+
+thread_local char last_error[512] = "";
+
+// torch_parallel_for of libtorch_cpu (torch/csrc/stable/c/shim.h, torch 2.10 and newer): returns 0 on success.
+using TorchParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
+using TorchGetNumThreads = int (*)(uint32_t* count);
+TorchParallelFor torch_parallel_for = nullptr;
+TorchGetNumThreads torch_get_num_threads = nullptr;
+
+#define DETINFER_TABLE(level) \
+  Kernels { level::matmul, level::attention, level::elementwise, level::rows }
+
+struct Level {
+  const char* name;
+  bool (*available)();
+  Kernels kernels;
+};
+
+bool always() { return true; }
+#ifdef DETINFER_X86
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512cd");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+// Ascending: a later level is faster; all give the same bits.
+const Level kLevels[] = {
+    {"baseline", always, DETINFER_TABLE(baseline)},
+#ifdef DETINFER_X86
+    {"avx2", has_avx2, DETINFER_TABLE(avx2)},
+    {"avx512", has_avx512, DETINFER_TABLE(avx512)},
+    {"avx512_bf16", has_avx512_bf16,
+     {avx512_bf16::matmul, avx512::attention, avx512::elementwise, avx512::rows}},
+#endif
+};
+const Level* current = &kLevels[0];
+
+}  // namespace
+
+int fail(Status status, const char* sentence) {
+  std::strncpy(last_error, sentence, sizeof(last_error) - 1);
+  return status;
+}
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, Body body, void* context) {
+  if (begin >= end) return;
+  if (end - begin <= grain || threads() == 1 || torch_parallel_for(begin, end, grain, body, context) != 0)
+    body(begin, end, context);
+}
+
+int threads() {
+  uint32_t count = 1;
+  if (torch_parallel_for == nullptr || torch_get_num_threads(&count) != 0) return 1;
+  return static_cast<int>(count);
+}
+
+const Kernels& kernels() { return current->kernels; }
+
+}  // namespace detinfer
+
+using namespace detinfer;
+
+DETINFER_EXPORT const char* detinfer_error() { return last_error; }
+
+// Raised by one whenever a signature below or in a family file changes; native.py refuses any other.
+DETINFER_EXPORT int detinfer_abi() { return 1; }
+
+// Name of the i-th level that this build has and this CPU can run, in ascending order; null past the end.
+DETINFER_EXPORT const char* detinfer_cpu_level(int i) {
+  for (const Level& level : kLevels)
+    if (level.available() && i-- == 0) return level.name;
+  return nullptr;
+}
+
+DETINFER_EXPORT const char* detinfer_cpu_current() { return current->name; }
+
+// Selects a level by name; null selects the highest available one.
+DETINFER_EXPORT int detinfer_cpu_select(const char* name) {
+  const Level* chosen = nullptr;
+  for (const Level& level : kLevels)
+    if (level.available() && (name == nullptr || std::strcmp(name, level.name) == 0)) chosen = &level;
+  if (chosen == nullptr) return fail(kBadArgument, "this CPU or this build has no such instruction set");
+  current = chosen;
+  return kOk;
+}
+
+// Lends torch's threads to the library: both functions of libtorch_cpu, or null for one thread.
+DETINFER_EXPORT void detinfer_set_threads(void* parallel_for_function, void* get_num_threads_function) {
+  torch_get_num_threads = reinterpret_cast<TorchGetNumThreads>(get_num_threads_function);
+  torch_parallel_for =
+      torch_get_num_threads == nullptr ? nullptr : reinterpret_cast<TorchParallelFor>(parallel_for_function);
+}
+
+#define DETINFER_ENTRY(family, Args)                                                    \
+  DETINFER_EXPORT int detinfer_cpu_##family(const Args* args) {                         \
+    if (args == nullptr) return fail(kBadArgument, #family ": no arguments were given"); \
+    return kernels().family(*args);                                                     \
+  }
+DETINFER_ENTRY(matmul, MatmulArgs)
+DETINFER_ENTRY(attention, AttentionArgs)
+DETINFER_ENTRY(elementwise, ElementwiseArgs)
+DETINFER_ENTRY(rows, RowsArgs)

@@ -1,0 +1,9 @@
+// Arguments of the elementwise family.
+#pragma once
+#include <cstdint>
+
+namespace detinfer {
+struct ElementwiseArgs {
+  int32_t dtype;
+};
+}  // namespace detinfer

@@ -1,0 +1,147 @@
+"""Find and load csrc's library: plain C functions over pointers, called through ctypes.
+
+The library is built without torch's headers, so one file serves every torch and Python. It borrows torch's own
+threads through ``torch_parallel_for`` (torch/csrc/stable/c/shim.h): a second pool would fight the first for cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import detinfer
+from detinfer.errors import NativeError, UnsupportedDtype, UsageError
+
+ABI = 1
+ISA_VARIABLE = "DETINFER_CPU_ISA"
+"""Holds the CPU kernels to an instruction set: ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``."""
+
+DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""csrc's code of each storage dtype (csrc/platform.h)."""
+
+_FILE = {"darwin": "libdetinfer_cpu.dylib", "win32": "detinfer_cpu.dll"}.get(sys.platform, "libdetinfer_cpu.so")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The library is ready; ``levels`` are the instruction sets that it has and this CPU runs, ascending."""
+
+    path: Path
+    levels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NotLoaded:
+    """The library is not usable, and why."""
+
+    reason: str
+
+
+LIBRARY_VARIABLE = "DETINFER_NATIVE_LIBRARY"
+"""Path of the library to load instead of the installed one: for developing csrc."""
+
+
+def _candidates() -> list[Path]:
+    if chosen := os.environ.get(LIBRARY_VARIABLE):
+        return [Path(chosen)]
+    # An editable install has two places: the sources and site-packages, where the build put the library.
+    return [Path(place) / "lib" / _FILE for place in detinfer.__path__]
+
+
+@functools.cache
+def _open() -> tuple[ctypes.CDLL | None, Loaded | NotLoaded]:
+    tried = _candidates()
+    path = next((p for p in tried if p.is_file()), None)
+    if path is None:
+        places = ", ".join(str(p) for p in tried)
+        return None, NotLoaded(f"{_FILE} is in none of {places}: install detinfer with pip, which builds it")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, NotLoaded(f"{path} does not load: {error}")
+    library.detinfer_error.restype = ctypes.c_char_p
+    library.detinfer_cpu_level.restype = ctypes.c_char_p
+    library.detinfer_cpu_current.restype = ctypes.c_char_p
+    if (found := library.detinfer_abi()) != ABI:
+        return None, NotLoaded(f"{path} has ABI {found}, this detinfer needs {ABI}: reinstall detinfer")
+    levels: list[str] = []
+    while (name := library.detinfer_cpu_level(len(levels))) is not None:
+        levels.append(name.decode())
+    _lend_threads(library)
+    loaded = Loaded(path, tuple(levels))
+    held = os.environ.get(ISA_VARIABLE) or None
+    if held is not None and held not in levels:
+        raise UsageError(f"{ISA_VARIABLE}={held}: this CPU and build have {', '.join(levels)}")
+    library.detinfer_cpu_select(held.encode() if held else None)
+    return library, loaded
+
+
+def _lend_threads(library: ctypes.CDLL) -> None:
+    folder = Path(torch.__file__).parent / "lib"
+    path = next((p for p in folder.glob("*torch_cpu.*") if p.suffix in {".so", ".dylib", ".dll"}), None)
+    if path is None:
+        return  # one thread: slower, the same bits
+    host = ctypes.CDLL(str(path))  # already in the process: this only finds its symbols
+    try:
+        functions = (host.torch_parallel_for, host.torch_get_num_threads)
+    except AttributeError:
+        return
+    library.detinfer_set_threads(*(ctypes.cast(f, ctypes.c_void_p) for f in functions))
+
+
+def load() -> Loaded | NotLoaded:
+    """The library's state, as a value with a reason; loads it on the first call."""
+    return _open()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library, or NativeError with the reason."""
+    handle, state = _open()
+    if handle is None:
+        assert isinstance(state, NotLoaded)
+        raise NativeError(state.reason)
+    return handle
+
+
+def check(status: int) -> None:
+    """Raise the library's last error if a call returned a status other than 0."""
+    if status != 0:
+        message = (library().detinfer_error() or b"").decode()
+        raise NativeError(message or f"the native library returned status {status}")
+
+
+def dtype_code(dtype: torch.dtype, where: str) -> int:
+    """csrc's code of ``dtype``; UnsupportedDtype names ``where`` for any other than fp32, bf16, fp16."""
+    code = DTYPES.get(dtype)
+    if code is None:
+        raise UnsupportedDtype(f"{where}: {dtype} has no canonical order on CPU; use float32, bfloat16 or float16")
+    return code
+
+
+def isa() -> str:
+    """Name of the instruction set in use."""
+    return str(library().detinfer_cpu_current().decode())
+
+
+@contextmanager
+def hold_isa(level: str) -> Iterator[None]:
+    """Run the CPU kernels at ``level`` inside the block (for the whole process); bits stay the same."""
+    before: Any = isa()
+    state = load()
+    if not isinstance(state, Loaded) or level not in state.levels:
+        have = state.levels if isinstance(state, Loaded) else ()
+        raise UsageError(f"instruction set {level!r}: this CPU and build have {', '.join(have)}")
+    library().detinfer_cpu_select(level.encode())
+    try:
+        yield
+    finally:
+        library().detinfer_cpu_select(before.encode())

@@ -1,0 +1,94 @@
+"""The values of the policy layer: what is promised, what may run, and each decision with its reason.
+
+Nothing here runs anything. ``decide`` makes decisions from these values, ``apply`` carries them out, and goldens
+write them into their manifest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from detinfer.errors import UsageError
+
+Scope = Literal["run", "batch", "tp"]
+"""Same bits for the same request whatever the run; ... the batch around it; ... the tensor-parallel size."""
+
+Place = Literal["here", "portable"]
+"""... on machines with this environment; ... on CPU, CUDA and ROCm alike (operations marked portable)."""
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What the bits may not depend on (``scope``) and where that holds (``place``)."""
+
+    scope: Scope = "batch"
+    place: Place = "here"
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("run", "batch", "tp"):
+            raise UsageError(f"scope {self.scope!r}: one of run, batch, tp")
+        if self.place not in ("here", "portable"):
+            raise UsageError(f"place {self.place!r}: one of here, portable")
+
+
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A bitwise comparison that was made in this process.
+
+    ``subject`` is the path and dtype proved, ``against`` the reference it was compared with, ``cases`` how many
+    results were compared, ``digest`` the SHA-256 of their bytes (the same on every machine for portable operations).
+    """
+
+    subject: str
+    against: str
+    cases: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """``op`` may run on ``path``; ``proof`` is None only for operations that move bytes (``reason`` says so)."""
+
+    op: str
+    path: str
+    reason: str
+    proof: Proof | None = None
+    portable: bool = False
+
+
+@dataclass(frozen=True)
+class Refused:
+    """``op`` may not run on ``path``, and why."""
+
+    op: str
+    path: str
+    reason: str
+
+
+Decision = Accepted | Refused
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A named set of choices; frozen, so that a golden can hold exactly what it was recorded under.
+
+    ``allow`` lists operations (``aten::name.overload``) that may run on torch's own path without a proof.
+    ``uncovered`` says what happens to an operation that is neither covered nor allowed: ``refuse`` it, which needs
+    a tracing pass over every call, or ``trust`` that a tracing pass was made before.
+    """
+
+    guarantee: Guarantee = field(default_factory=Guarantee)
+    allow: tuple[str, ...] = ()
+    uncovered: Literal["refuse", "trust"] = "refuse"
+
+    def to_json(self) -> dict[str, Any]:
+        """The policy as plain JSON values."""
+        return {
+            "scope": self.guarantee.scope,
+            "place": self.guarantee.place,
+            "allow": list(self.allow),
+            "uncovered": self.uncovered,
+        }
