@@ -1,0 +1,210 @@
+"""Record a golden: every unit's inputs and outputs, the results and the tokens of each request run alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import detinfer
+from detinfer import bits, environment
+from detinfer.errors import Diverged, TargetError
+from detinfer.goldens import tree
+from detinfer.goldens.capture import Call, Skipped
+from detinfer.goldens.collect import WHOLE, Collected, Shape, collect, nonfinite, phase, shapes
+from detinfer.goldens.format import GoldenWriter
+from detinfer.goldens.manifest import Manifest
+from detinfer.goldens.runner import Request
+from detinfer.goldens.tree import Node
+from detinfer.goldens.units import pattern
+from detinfer.policy import Policy, deterministic
+
+TensorsMode = Literal["full", "slice", "none"]
+RUNS = 3
+"""Each request is run alone this many times; a golden is written only when all agree."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was written."""
+
+    path: Path
+    units: int
+    skipped: int
+    calls: int
+    tokens: list[list[int]]
+    bytes: int
+
+
+def record(
+    target: Any,
+    requests: Sequence[Request],
+    path: Path,
+    *,
+    policy: Policy,
+    inputs: dict[str, Any],
+    layers: str | None = None,
+    tensors: TensorsMode = "full",
+    command: str = "",
+    reason: str = "",
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Recorded:
+    """Run each request alone three times under ``policy`` and write the golden to the folder ``path``.
+
+    ``inputs`` is the manifest's account of the requests. Raises Diverged when a unit's own runs differ, TargetError
+    for a layer whose output is not finite, draws random numbers or keeps state, RefusedError for an operation that
+    the policy refuses. Nothing is written unless all is well.
+    """
+    matches = pattern(layers).search
+    writer = GoldenWriter(path, overwrite=overwrite)
+
+    def chosen(name: str) -> bool:
+        return matches(name) is not None
+
+    with deterministic(policy) as active:
+        progress("run 1 of 3, alone")
+        first = collect(target, requests, chosen)
+        _check_finite(first)
+        requests = [
+            replace(request, follow=first.tokens[i]) if first.tokens else request for i, request in enumerate(requests)
+        ]
+        for again in range(2, RUNS + 1):
+            progress(f"run {again} of {RUNS}, alone")
+            other = collect(target, requests, chosen, watch_state=again == RUNS)
+            _check_same(first, other, again)
+        progress("batch 2, for the shapes")
+        shape = shapes(target, requests[0], chosen)
+    if not any(isinstance(call, Call) for calls in first.calls.values() for call in calls.values()):
+        raise TargetError(f"no layer matches {layers!r}: nothing would be recorded")
+
+    progress("writing")
+    depth = _ends(first)
+
+    def stored(name: str) -> bool:
+        return tensors == "full" or (tensors == "slice" and (name == WHOLE or name in depth))
+
+    units = _units(first, shape, lambda name, node: _digests(writer, node, stored(name)))
+    results = [
+        [_digests(writer, first.results[index, step], stored(WHOLE)) for step in range(request.steps)]
+        for index, request in enumerate(requests)
+    ]
+    manifest = Manifest(
+        detinfer=detinfer.__version__,
+        environment=environment.capture().to_json(),
+        target={
+            "spec": target.spec,
+            "kind": target.kind,
+            "class": target.class_name,
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "weights_digest": target.weights_digest,
+            "config_digest": target.config_digest,
+        },
+        inputs=inputs,
+        policy=policy.to_json(),
+        decisions=active.decisions_json(),
+        tensors_mode=tensors,
+        units=units,
+        outputs={
+            "tokens": [list(row) for row in first.tokens],
+            "results": results,
+            "batch": _shape_json(shape[WHOLE]),
+        },
+        notes=[active.composed_norms],
+        command=command,
+        reason=reason,
+    )
+    written = writer.commit(manifest)
+    return Recorded(
+        path=written,
+        units=sum(unit["skipped"] is None for unit in units),
+        skipped=sum(unit["skipped"] is not None for unit in units),
+        calls=sum(len(unit["calls"]) for unit in units),
+        tokens=[list(row) for row in first.tokens],
+        bytes=sum(file.stat().st_size for file in written.iterdir()),
+    )
+
+
+def _check_finite(found: Collected) -> None:
+    for (request, step), calls in found.calls.items():
+        for call in calls.values():
+            if isinstance(call, Call) and (where := nonfinite(call.outputs)):
+                raise TargetError(
+                    f"layer {call.name} gives a value that is not finite (request {request}, {phase(step)} step {step}: "
+                    f"{where}): equality of such outputs proves nothing; mend the model or leave the layer out with "
+                    f"--layers"
+                )
+
+
+def _check_same(first: Collected, other: Collected, number: int) -> None:
+    for key, calls in first.calls.items():
+        for name, call in calls.items():
+            if isinstance(call, Call):
+                again = other.calls[key].get(name)
+                if not isinstance(again, Call):
+                    raise Diverged(f"layer {name} is called in run 1 but not in run {number}: no golden is written")
+                _same(call.arguments, again.arguments, f"layer {name}, input", key, number)
+                _same(call.outputs, again.outputs, f"layer {name}, output", key, number)
+    for key, result in first.results.items():
+        _same(result, other.results[key], "the model's result", key, number)
+
+
+def _same(a: Node, b: Node, what: str, key: tuple[int, int], number: int) -> None:
+    left, right = list(tree.tensors(a)), list(tree.tensors(b))
+    for (path, x), (_, y) in zip(left, right, strict=True):
+        if x.shape != y.shape or x.dtype != y.dtype or not bool(bits.rows_equal(x, y).all()):
+            where = bits.first_mismatch(x, y) if x.shape == y.shape and x.dtype == y.dtype else "another shape or dtype"
+            raise Diverged(
+                f"{what} {path}: runs 1 and {number} of request {key[0]} differ at {phase(key[1])} step {key[1]} "
+                f"({where}): the model does not repeat itself on this machine, so no golden is written"
+            )
+
+
+def _ends(found: Collected) -> set[str]:
+    """Names of the units in the first and the last block: what ``--tensors slice`` stores."""
+    names = list(dict.fromkeys(name for calls in found.calls.values() for name in calls))
+    blocks = [
+        name for name in names if any(getattr(calls.get(name), "kind", "") == "block" for calls in found.calls.values())
+    ]
+    ends = tuple(block + "." for block in {*blocks[:1], *blocks[-1:]})
+    return {name for name in names if (name + ".").startswith(ends)} if ends else set(names[:1] + names[-1:])
+
+
+def _digests(writer: GoldenWriter, node: Node, store: bool) -> Node:
+    return tree.map_tensors(node, lambda _, tensor: writer.add(tensor, store))
+
+
+def _shape_json(shape: Shape) -> dict[str, Any]:
+    return {"arguments": shape.arguments, "outputs": shape.outputs}
+
+
+def _units(
+    found: Collected, shape: dict[str, Shape], digests: Callable[[str, Node], Node]
+) -> list[dict[str, Any]]:
+    """The manifest's units in the order in which their calls end: the innermost first."""
+    units: dict[str, dict[str, Any]] = {}
+    for (request, step), calls in found.calls.items():
+        for name, call in calls.items():
+            how = shape.get(name, Shape(reason="is not called at batch 1 and 2"))
+            unit = units.setdefault(
+                name,
+                {
+                    "name": name,
+                    "kind": call.kind,
+                    "type": call.type,
+                    "batch": _shape_json(how),
+                    "calls": [],
+                    "skipped": call.reason if isinstance(call, Skipped) else how.reason,
+                },
+            )
+            if isinstance(call, Call) and unit["skipped"] is None:
+                unit["calls"].append(
+                    {
+                        "request": request,
+                        "step": step,
+                        "arguments": digests(name, call.arguments),
+                        "outputs": digests(name, call.outputs),
+                    }
+                )
+    return list(units.values())
