@@ -1,0 +1,150 @@
+"""What a verification found, as values: reporters format them, the command line turns them into an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from detinfer import errors
+
+SCHEMA = 1
+Verdict = Literal["same", "diverged", "stale", "vacuous", "not_run"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One comparison whose bytes differ, down to the first element.
+
+    ``row`` are the indices of the differing row in the output, ``element`` the index in that row; ``got`` and
+    ``expected`` are the two values' bits in hex; ``ulp`` is their distance (None when one is NaN or the dtype has no
+    ULP). ``command`` redoes just this comparison.
+    """
+
+    unit: str
+    kind: str
+    type: str
+    phase: str
+    step: int
+    request: int
+    path: str
+    row: tuple[int, ...]
+    element: int
+    got: str
+    expected: str
+    ulp: int | None
+    rows_differing: int
+    rows_compared: int
+    trial: int | None = None
+    batch: int | None = None
+    position: int | None = None
+    note: str = ""
+    command: str = ""
+
+
+@dataclass
+class Tally:
+    """Counts of one unit: rows that could have been compared, were compared, and differed."""
+
+    name: str
+    kind: str
+    type: str
+    rows_possible: int = 0
+    rows_compared: int = 0
+    rows_differing: int = 0
+    batches: int = 0
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Whether a planted wrong order was seen for one operation at one recorded shape.
+
+    ``seen`` is None when the operation has no reduction at this shape. ``invariant`` is False when the operation
+    itself, with nothing planted, gave a row other bits in a batch than alone.
+    """
+
+    operation: str
+    dtype: str
+    shape: str
+    seen: bool | None
+    invariant: bool
+    rows: int
+    note: str = ""
+
+
+@dataclass
+class Invariance:
+    """Rows against the same rows run alone, here and now."""
+
+    verdict: Verdict = "not_run"
+    trials: int = 0
+    batches: int = 0
+    mean_batch: float = 0.0
+    rows_possible: int = 0
+    rows_compared: int = 0
+    rows_differing: int = 0
+    units: list[Tally] = field(default_factory=list)
+    first: Divergence | None = None
+    divergences: list[Divergence] = field(default_factory=list)
+    sensitivity: list[Sensitivity] = field(default_factory=list)
+    order_free: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Comparison:
+    """Rows run alone now against the file."""
+
+    verdict: Verdict = "not_run"
+    calls: int = 0
+    rows_compared: int = 0
+    rows_differing: int = 0
+    stale: list[tuple[str, str, str]] = field(default_factory=list)
+    first: Divergence | None = None
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Control:
+    """The same sweep with the policy off: a report, never judged."""
+
+    verdict: Verdict = "not_run"
+    trials: int = 0
+    trials_diverged: int = 0
+    rows_compared: int = 0
+    rows_differing: int = 0
+    units: list[Tally] = field(default_factory=list)
+    first: Divergence | None = None
+
+
+@dataclass
+class Result:
+    """Everything that ``detinfer verify`` found."""
+
+    path: str
+    target: str
+    dtype: str
+    policy: dict[str, Any]
+    seed: int
+    invariance: Invariance
+    golden: Comparison
+    control: Control
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def exit_code(self) -> int:
+        """Diverged before stale before vacuous; the control is never judged."""
+        verdicts: Sequence[Verdict] = (self.invariance.verdict, self.golden.verdict)
+        if "diverged" in verdicts:
+            return errors.EXIT_DIVERGED
+        if "stale" in verdicts:
+            return errors.EXIT_GOLDEN
+        if "vacuous" in verdicts:
+            return errors.EXIT_VACUOUS
+        return errors.EXIT_SAME
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values with the keys ``schema``, ``invariance``, ``golden`` and ``control`` on top."""
+        return asdict(self)

@@ -1,0 +1,142 @@
+"""Stress inputs for every reducing operation that the policy covers, at the shapes that a model called it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from detinfer.goldens.stress import BATCH, Arguments, Stress, cancelling, disorder, numbers, restored
+
+Shapes = tuple[tuple[int, ...], ...]
+"""Shapes of an operation's tensor arguments, in order."""
+
+WIDEST = 1024
+"""Columns of a stress weight: the order runs along K, so a wider vocabulary adds time and no order."""
+ELEMENTS = 1 << 19
+"""Elements of a stress batch for operations whose order shows seldom."""
+
+
+def stress(operation: str, dtype: torch.dtype, shapes: Shapes, seed: int) -> Stress | None:
+    """Stress inputs for one recorded call of ``aten::name.overload``; None when none are known for it."""
+    name = operation.removeprefix("aten::").partition(".")[0]
+    builder = _BUILDERS.get(name)
+    return None if builder is None else builder(name, dtype, shapes, np.random.default_rng(seed))
+
+
+def _same(output: torch.Tensor) -> torch.Tensor:
+    return output
+
+
+def _restored(output: torch.Tensor) -> torch.Tensor:
+    return restored(output, -1)
+
+
+def _product(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Generator) -> Stress:
+    """linear, addmm, mm, matmul, bmm, ...: rows of K terms against columns of K terms."""
+    bias = name.startswith("add") or name == "baddbmm"
+    left, right = (shapes[1], shapes[2]) if bias else (shapes[0], shapes[1])
+    length = left[-1]
+    transposed = name == "linear"
+    columns = 1 if len(right) == 1 else min(right[0] if transposed else right[-1], WIDEST)
+    batched = name in ("bmm", "baddbmm") or (name == "matmul" and len(right) > 2)
+    rows = cancelling(rng, (BATCH, 1, length), dtype)
+    weight = numbers(rng, (BATCH if batched else 1, columns, length), dtype)
+    weight[..., 0] = 1
+    weight[..., -1] = 1  # so that the first and the last product cancel in every column
+    shift = numbers(rng, (columns,), dtype) if bias or (transposed and len(shapes) > 2) else None
+
+    def operands(picked: Sequence[int]) -> Arguments:
+        x, w = rows[list(picked)], weight[list(picked)] if batched else weight[0]
+        return (x, w), {}
+
+    def plant(arguments: Arguments) -> Arguments:
+        (x, w), _ = arguments
+        return (disorder(x, -1), disorder(w, -1)), {}
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        x, w = args
+        if name == "linear":
+            return F.linear(x, w, shift)
+        if name == "mv":
+            # The matrix is what has rows here; every row of it meets the same vector.
+            return torch.mv(x[:, 0], w[0])[:, None]
+        if batched:
+            product = (x, w.transpose(-1, -2))
+            return torch.baddbmm(shift, *product) if name == "baddbmm" and shift is not None else torch.matmul(*product)
+        flat, column = x[:, 0], w.t()
+        if name == "addmm" and shift is not None:
+            return torch.addmm(shift, flat, column)
+        return torch.mm(flat, column) if name == "mm" else torch.matmul(flat, column)
+
+    return Stress(run, operands, plant, _same, length, f"{length} -> {columns}")
+
+
+def _row(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Generator) -> Stress:
+    """mean, sum, softmax, norms: one row of n terms each."""
+    length = shapes[0][-1] if shapes[0] else 1
+    softmax = "softmax" in name
+    if softmax or "norm" in name or name == "logsumexp":
+        # These add terms of one sign: another order moves the last bit of an fp32 sum, which a result in 16 bits shows
+        # about once in 2^15 elements. Many rows, then.
+        shape = (BATCH, max(1, ELEMENTS // (BATCH * length)), length)
+        rows = numbers(rng, shape, dtype)
+    else:
+        rows = cancelling(rng, (BATCH, 1, length), dtype)
+    weight = numbers(rng, (length,), dtype)
+
+    def make(picked: Sequence[int]) -> Arguments:
+        return (rows[list(picked)], weight), {}
+
+    def plant(arguments: Arguments) -> Arguments:
+        (x, w), _ = arguments
+        return (disorder(x, -1), disorder(w, -1)), {}
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        x, w = args
+        if name in ("mean", "sum"):
+            return getattr(torch, name)(x, dim=-1, keepdim=True)
+        if name == "logsumexp":
+            return torch.logsumexp(x, -1, keepdim=True)
+        if softmax:
+            return torch.log_softmax(x, -1) if "log" in name else torch.softmax(x, -1)
+        if "rms" in name:
+            return F.rms_norm(x, (length,), w, 1e-6)
+        return F.layer_norm(x, (length,), w, None, 1e-6)
+
+    restore = _same if name in ("mean", "sum", "logsumexp") else _restored
+    return Stress(run, make, plant, restore, length, f"{length}")
+
+
+def _attention(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Generator) -> Stress:
+    """scaled_dot_product_attention: V cancels over the keys, the first and the last key being equal."""
+    (*_, heads, queries, width), (*_, groups, length, _), (*_, value_width) = shapes[:3]
+    q = numbers(rng, (BATCH, heads, queries, width), dtype)
+    k = numbers(rng, (BATCH, groups, length, width), dtype) / 16
+    v = cancelling(rng, (BATCH, groups, value_width, length), dtype).transpose(-1, -2).contiguous()
+    k[..., -1, :] = k[..., 0, :]
+
+    def make(picked: Sequence[int]) -> Arguments:
+        chosen = list(picked)
+        return (q[chosen], k[chosen], v[chosen]), {}
+
+    def plant(arguments: Arguments) -> Arguments:
+        (query, key, value), _ = arguments
+        return (query, disorder(key, -2), disorder(value, -2)), {}
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        query, key, value = args
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=heads != groups)
+
+    return Stress(run, make, plant, _same, length, f"{queries} queries, {length} keys, width {width}")
+
+
+_BUILDERS: dict[str, Callable[[str, torch.dtype, Shapes, np.random.Generator], Stress]] = {
+    **dict.fromkeys(("linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "mv"), _product),
+    **dict.fromkeys(("mean", "sum", "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp"), _row),
+    **dict.fromkeys(("rms_norm", "_fused_rms_norm", "layer_norm", "native_layer_norm"), _row),
+    "scaled_dot_product_attention": _attention,
+}

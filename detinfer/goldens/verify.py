@@ -1,0 +1,355 @@
+"""Verify a golden: rows against rows here and now, the file against now, and whether either could have failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from detinfer import bits, environment
+from detinfer.errors import GoldenError, UsageError
+from detinfer.goldens import stress_inputs, tree
+from detinfer.goldens.collect import WHOLE, collect
+from detinfer.goldens.compare import compare
+from detinfer.goldens.format import Golden
+from detinfer.goldens.replay import Replay, replays
+from detinfer.goldens.result import Comparison, Control, Divergence, Invariance, Result, Sensitivity, Tally
+from detinfer.goldens.runner import Request
+from detinfer.goldens.stress import probe
+from detinfer.goldens.sweep import Key, Sweep, Trial, divergence, plan
+from detinfer.goldens.tree import Node
+from detinfer.goldens.units import pattern
+from detinfer.policy import Policy, deterministic
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the part under way, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run: ``only_trial`` redoes one trial of the ``n_trials``."""
+
+    n_trials: int = 50
+    seed: int = 0
+    layers: str | None = None
+    batch_sizes: tuple[int, ...] | None = None
+    control: bool = False
+    fail_fast: bool = False
+    only_trial: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_trials < 1:
+            raise UsageError(f"--n-trials {self.n_trials}: at least one trial is needed to say anything")
+        if self.batch_sizes is not None and (not self.batch_sizes or min(self.batch_sizes) < 1):
+            raise UsageError(f"--batch-sizes {self.batch_sizes}: sizes of 1 and more")
+        if self.only_trial is not None and self.only_trial < 0:
+            raise UsageError(f"--only-trial {self.only_trial}: trials are counted from 0")
+
+    def trials(self, requests: Sequence[Request]) -> list[Trial]:
+        """The trials to run, in order."""
+        count = max(self.n_trials, (self.only_trial or 0) + 1)
+        planned = plan(requests, count, self.seed, self.batch_sizes)
+        return planned[: self.n_trials] if self.only_trial is None else [planned[self.only_trial]]
+
+    def redo(self, path: str, unit: str, trial: int | None) -> str:
+        """The command that redoes one comparison."""
+        parts = ["detinfer", "verify", path, "--seed", str(self.seed)]
+        if unit != WHOLE:
+            parts += ["--layers", f"'^{unit.partition('#')[0].replace('.', chr(92) + '.')}$'"]
+        if self.batch_sizes is not None:
+            parts += ["--batch-sizes", ",".join(map(str, self.batch_sizes))]
+        if trial is not None:
+            parts += ["--only-trial", str(trial)]
+        return " ".join(parts)
+
+
+def check_target(golden: Golden, target: Any) -> None:
+    """GoldenError unless the target is the model that the golden was recorded from."""
+    recorded = golden.manifest.target
+    dtype = str(target.dtype).removeprefix("torch.")
+    for what, now in (
+        ("class", target.class_name),
+        ("dtype", dtype),
+        ("config_digest", target.config_digest),
+        ("weights_digest", target.weights_digest),
+    ):
+        if recorded[what] != now:
+            raise GoldenError(
+                f"{golden.path}: a golden of another model: its {what.replace('_', ' ')} is {recorded[what]}, that of "
+                f"{target.spec} is {now}. Verify the model that it was recorded from, or record this one"
+            )
+
+
+def requests_of(golden: Golden, target: Any, module_requests: Sequence[Request]) -> list[Request]:
+    """The recorded requests: prompts with the tokens chosen at each step, or what the module's factory gives."""
+    manifest = golden.manifest
+    if target.kind != "causal_lm":
+        found = [tree.map_tensors(r.arguments, lambda _, t: bits.digest(t)) for r in module_requests if r.arguments]
+        if found != manifest.inputs["requests"]:
+            raise GoldenError(f"{golden.path}: the factory {target.spec} gives other requests than were recorded")
+        return list(module_requests)
+    steps = manifest.inputs["decode_steps"] + 1
+    return [
+        Request(tokens=tuple(prompt["tokens"]), follow=tuple(tokens), steps=steps)
+        for prompt, tokens in zip(manifest.inputs["prompts"], manifest.outputs["tokens"], strict=True)
+    ]
+
+
+def verify(
+    golden: Golden,
+    target: Any,
+    requests: Sequence[Request],
+    policy: Policy,
+    options: Options,
+    progress: Progress = lambda part, done, total: None,
+) -> Result:
+    """Judge invariance and golden under ``policy``; with ``options.control`` also report the sweep without it."""
+    manifest = golden.manifest
+    matches = pattern(options.layers).search
+    chosen = [unit for unit in manifest.units if matches(unit["name"]) is not None]
+    if options.layers is not None and not chosen:
+        raise UsageError(f"--layers {options.layers!r} matches none of the golden's {len(manifest.units)} units")
+    units = replays(target.module, chosen)
+    # The whole model is left out when layers are picked: the line that redoes one comparison redoes just that.
+    whole = manifest.outputs["batch"]["outputs"] if options.layers is None else None
+    trials = options.trials(requests)
+    redo = lambda unit, trial: options.redo(str(golden.path), unit, trial)  # noqa: E731
+    result = Result(
+        path=str(golden.path),
+        target=manifest.target["spec"],
+        dtype=manifest.target["dtype"],
+        policy=policy.to_json(),
+        seed=options.seed,
+        invariance=Invariance(),
+        golden=Comparison(),
+        control=Control(),
+    )
+    clock = _Clock(result.seconds)
+
+    with deterministic(policy) as active:
+        progress("inputs", 0, 1)
+        recomputed = _load_inputs(golden, target, requests, units, chosen)
+        clock("inputs")
+        sweep = Sweep(target, requests, units, whole, redo)
+        result.golden = _judge_golden(golden, sweep, units, chosen, recomputed, progress, redo)
+        clock("alone")
+        _run(sweep, trials[:1], options, progress, len(trials))  # the first trial is traced, as the runs alone were
+    with deterministic(replace(policy, uncovered="trust")):
+        if not (options.fail_fast and sweep.found.divergences):
+            _run(sweep, trials[1:], options, progress, len(trials))
+        clock("trials")
+        progress("stress", 0, 1)
+        sensitivity, order_free = _sensitivity(active)
+        clock("stress")
+    result.decisions = active.decisions_json()
+    result.invariance = _invariance(sweep, trials, chosen, sensitivity, order_free)
+    result.golden = _staleness(result.golden, manifest, result.decisions)
+
+    if options.control:
+        control = Sweep(target, requests, units, whole, redo)
+        with torch.no_grad():
+            for _ in control.alone():
+                pass
+            control.expect(trials)
+            for done, trial in enumerate(trials):
+                progress("control", done, len(trials))
+                control.trial(trial)
+        result.control = Control(
+            verdict="diverged" if control.found.diverged_trials else "same",
+            trials=len(trials),
+            trials_diverged=len(control.found.diverged_trials),
+            rows_compared=control.found.rows_compared,
+            rows_differing=control.found.rows_differing,
+            units=list(control.found.tallies.values()),
+            first=control.found.divergences[0] if control.found.divergences else None,
+        )
+        clock("control")
+    return result
+
+
+class _Clock:
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds, self._last = seconds, time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        self._seconds[part] = round(now - self._last, 2)
+        self._last = now
+
+
+def _run(sweep: Sweep, trials: Iterable[Trial], options: Options, progress: Progress, total: int) -> None:
+    for trial in trials:
+        progress("trials", trial.number if options.only_trial is None else 0, total)
+        if sweep.trial(trial) and options.fail_fast:
+            return
+
+
+def _load_inputs(
+    golden: Golden, target: Any, requests: Sequence[Request], units: Sequence[Replay], chosen: Sequence[dict[str, Any]]
+) -> dict[tuple[str, Key], tuple[Node, Node]]:
+    """Give every unit its recorded arguments: from the file, or by running the prompts alone where it has none.
+
+    Returns the recomputed (arguments, outputs) by unit and call; empty when the file has everything.
+    """
+    by_name = {unit.name: unit for unit in units}
+    missing: list[tuple[Replay, Key]] = []
+    for entry in chosen:
+        unit = by_name.get(entry["name"])
+        for call in entry["calls"] if unit is not None else ():
+            assert unit is not None
+            key = (call["request"], call["step"])
+            node = tree.map_tensors(call["arguments"], lambda _, digest: golden.tensor(digest))
+            if all(tensor is not None for _, tensor in tree.tensors(node)):
+                unit.arguments[key] = node
+            else:
+                missing.append((unit, key))
+    if not missing:
+        return {}
+    names = {unit.name.partition("#")[0] for unit, _ in missing}
+    found = collect(target, requests, lambda name: name in names)
+    recomputed: dict[tuple[str, Key], tuple[Node, Node]] = {}
+    for unit, key in missing:
+        call = found.calls[key].get(unit.name)
+        if call is None or not hasattr(call, "arguments"):
+            raise GoldenError(f"{golden.path}: the model no longer calls {unit.name} at step {key[1]}")
+        unit.arguments[key] = call.arguments
+        recomputed[unit.name, key] = (call.arguments, call.outputs)
+    return recomputed
+
+
+def _judge_golden(
+    golden: Golden,
+    sweep: Sweep,
+    units: Sequence[Replay],
+    chosen: Sequence[dict[str, Any]],
+    recomputed: dict[tuple[str, Key], tuple[Node, Node]],
+    progress: Progress,
+    redo: Callable[[str, int | None], str],
+) -> Comparison:
+    """Compare what each unit gives alone now with the file, unit by unit in the order of execution."""
+    recorded = {
+        (entry["name"], (call["request"], call["step"])): call for entry in chosen for call in entry["calls"]
+    }
+    order = {unit.name: index for index, unit in enumerate(units)}
+    found = Comparison(verdict="same")
+    failures: list[tuple[int, Divergence]] = []
+    total = sum(len(unit.arguments) for unit in units)
+    for done, (unit, key, node) in enumerate(sweep.alone()):
+        progress("alone", done, max(total, done + 1))
+        found.calls += 1
+        if unit is None:
+            wanted, place = golden.manifest.outputs["results"][key[0]][key[1]], len(order)
+            name, kind, type_name = WHOLE, "model", golden.manifest.target["class"]
+        else:
+            call = recorded[unit.name, key]
+            wanted, place = call["outputs"], order[unit.name]
+            name, kind, type_name = unit.name, unit.kind, unit.type
+            if (unit.name, key) in recomputed and not _same_digests(recomputed[unit.name, key][0], call["arguments"]):
+                found.reasons.append(f"{unit.name}: recomputed inputs differ from the recorded ones at step {key[1]}")
+                continue  # its outputs would differ for that reason alone
+        rows = _against_file(golden, node, wanted, found)
+        if rows is not None:
+            tally = Tally(name, kind, type_name)
+            failures.append((place, replace(divergence(tally, key[1], [key], *rows), command=redo(name, None))))
+    if failures or found.reasons:
+        found.verdict = "diverged"
+    if failures:
+        found.first = min(failures, key=lambda item: item[0])[1]
+    return found
+
+
+def _same_digests(node: Node, wanted: Node) -> bool:
+    return tree.map_tensors(node, lambda _, tensor: bits.digest(tensor)) == wanted
+
+
+def _against_file(golden: Golden, node: Node, wanted: Node, found: Comparison) -> Any:
+    """Count the rows of one call against the file; (Rows, Difference) of a mismatch, else None."""
+    stored = tree.map_tensors(wanted, lambda _, digest: golden.tensor(digest))
+    if all(tensor is not None for _, tensor in tree.tensors(stored)):
+        rows = compare(node, stored)
+        found.rows_compared += rows.compared
+        found.rows_differing += rows.differing
+        return None if rows.first is None else (rows, rows.first)
+    from detinfer.goldens.compare import by_digests
+
+    rows = by_digests(node, wanted, golden)
+    found.rows_compared += rows.compared
+    found.rows_differing += rows.differing
+    return None if rows.first is None else (rows, rows.first)
+
+
+def _sensitivity(active: Any) -> tuple[list[Sensitivity], list[str]]:
+    """Probe every reducing operation at its recorded shapes; the others are free of order."""
+    found: list[Sensitivity] = []
+    done: set[tuple[str, str, str]] = set()
+    for number, (operation, dtype, shapes) in enumerate(active.reducing_calls()):
+        stress = stress_inputs.stress(operation, dtype, shapes, seed=number)
+        if stress is None:
+            note = "no stress inputs are known for it"
+            found.append(Sensitivity(operation, str(dtype).removeprefix("torch."), str(shapes), False, True, 0, note))
+        elif (key := (operation, str(dtype), stress.shape)) not in done:
+            done.add(key)
+            found.append(probe(stress, operation, dtype))
+    return found, active.order_free()
+
+
+def _invariance(
+    sweep: Sweep,
+    trials: Sequence[Trial],
+    chosen: Sequence[dict[str, Any]],
+    sensitivity: list[Sensitivity],
+    order_free: list[str],
+) -> Invariance:
+    found = sweep.found
+    tallies = list(found.tallies.values())
+    tallies += [
+        Tally(unit["name"], unit["kind"], unit["type"], skipped=unit["skipped"]) for unit in chosen if unit["skipped"]
+    ]
+    invariance = Invariance(
+        trials=len(trials),
+        batches=found.batches,
+        mean_batch=round(sum(len(trial.batch) for trial in trials) / len(trials), 2),
+        rows_possible=found.rows_possible,
+        rows_compared=found.rows_compared,
+        rows_differing=found.rows_differing,
+        units=tallies,
+        divergences=found.divergences,
+        sensitivity=sensitivity,
+        order_free=order_free,
+    )
+    reasons = invariance.reasons
+    unstable = [probe for probe in sensitivity if not probe.invariant]
+    reasons += [f"{p.operation} ({p.dtype}, {p.shape}): stress rows differ in a batch" for p in unstable]
+    order = {tally.name: index for index, tally in enumerate(tallies)}
+    if found.divergences:
+        # Inputs are the recorded ones, so each unit that differs is a cause by itself: the innermost first one leads.
+        names = {name: index for name, index in order.items() if name != WHOLE}
+        invariance.first = min(found.divergences, key=lambda item: names.get(item.unit, len(names)))
+    if found.divergences or unstable:
+        invariance.verdict = "diverged"
+        return invariance
+    unseen = [probe for probe in sensitivity if probe.seen is False]
+    reasons += [f"{p.operation} ({p.dtype}, {p.shape}): a planted wrong order was not seen {p.note}" for p in unseen]
+    if not any(probe.seen for probe in sensitivity):
+        reasons.append("no operation with a reduction ran: no order could have differed")
+    if found.rows_compared == 0:
+        reasons.append("no row was compared")
+    if all(len(trial.batch) == 1 for trial in trials):
+        reasons.append("every batch had one row: nothing stood beside it")
+    invariance.verdict = "vacuous" if reasons else "same"
+    return invariance
+
+
+def _staleness(found: Comparison, manifest: Any, decisions: Sequence[dict[str, Any]]) -> Comparison:
+    """A golden is judged where the environment is the recorded one, or every operation is portable."""
+    then = environment.Environment.from_json(manifest.environment)
+    found.stale = [(name, str(a), str(b)) for name, a, b in environment.differences(then, environment.capture())]
+    if found.stale and not all(decision["portable"] for decision in decisions):
+        found.verdict = "stale"
+        bound = sorted({decision["op"] for decision in decisions if not decision["portable"]})
+        found.reasons = [f"recorded in another environment, and these operations are not portable: {', '.join(bound)}"]
+    return found
