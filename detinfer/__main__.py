@@ -1,0 +1,5 @@
+"""``python -m detinfer``."""
+
+from detinfer.cli import main
+
+main()

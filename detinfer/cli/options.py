@@ -1,0 +1,55 @@
+"""Options that more than one verb has."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import click
+import torch
+
+from detinfer.errors import UnsupportedDtype
+from detinfer.policy import Guarantee, Policy
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of a ``--dtype`` value."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise UnsupportedDtype(f"--dtype {name}: one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def policy(scope: str, allow: tuple[str, ...]) -> Policy:
+    """The policy of ``--policy`` and ``--allow``."""
+    return Policy(guarantee=Guarantee(scope=scope), allow=tuple(sorted(set(allow))))  # type: ignore[arg-type]
+
+
+def command_line(drop: tuple[str, ...]) -> str:
+    """This process's command line without the options in ``drop`` and their values: for the manifest."""
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        if word in drop:
+            next(words, None)
+        elif not word.startswith(tuple(f"{option}=" for option in drop)):
+            kept.append(word)
+    return shlex.join(["detinfer", *kept])
+
+
+policy_option = click.option(
+    "--policy", "scope", default="batch", show_default=True, metavar="SCOPE", help="Scope of the policy: batch or run."
+)
+allow_option = click.option(
+    "--allow", multiple=True, metavar="OP", help="Let aten::name.overload run on torch's own path, unproved. Repeatable."
+)
+layers_option = click.option("--layers", metavar="REGEX", help="Only units whose name matches.")

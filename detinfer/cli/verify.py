@@ -1,0 +1,84 @@
+"""``detinfer verify``: replay a golden and judge it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from detinfer.cli import options
+from detinfer.errors import UsageError
+
+
+def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
+    if value is None or value == "auto":
+        return None
+    try:
+        return tuple(int(size) for size in value.split(","))
+    except ValueError as error:
+        raise UsageError(f"--batch-sizes {value}: whole numbers with commas between them, or auto") from error
+
+
+@click.command()
+@click.argument("golden", type=click.Path(path_type=Path))
+@click.option("--n-trials", default=50, show_default=True, help="Batches to form and replay.")
+@click.option("--seed", default=0, show_default=True, help="Seed of batch sizes and positions.")
+@options.layers_option
+@click.option("--batch-sizes", callback=_sizes, metavar="1,2,...", help="Sizes to use in turn [default: 1 to 64, edges first].")
+@click.option("--control", is_flag=True, help="Also run the sweep with the policy off and report what diverges.")
+@click.option("--fail-fast", is_flag=True, help="Stop at the first trial that diverges.")
+@click.option("--only-trial", type=int, metavar="N", help="Redo trial N alone.")
+@click.option("--target", "spec", metavar="TARGET", help="Where the model is now [default: where it was recorded].")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON.")
+@click.pass_context
+def verify(
+    context: click.Context,
+    golden: Path,
+    n_trials: int,
+    seed: int,
+    layers: str | None,
+    batch_sizes: tuple[int, ...] | None,
+    control: bool,
+    fail_fast: bool,
+    only_trial: int | None,
+    spec: str | None,
+    json_file: Path | None,
+) -> None:
+    """Replay every recorded layer and the whole model of GOLDEN in batches, and compare the bytes of every row.
+
+    Two verdicts: invariance (rows agree with the same rows run alone, here and now) and golden (rows agree with the
+    file). A sweep that could not have failed is called vacuous.
+    """
+    from detinfer.goldens.format import Golden
+    from detinfer.goldens.prepare import policy_of, prepare_again
+    from detinfer.goldens.verify import Options, check_target, requests_of
+    from detinfer.goldens.verify import verify as verify_golden
+    from detinfer.models import targets
+    from detinfer.reporters import json as json_reporter
+    from detinfer.reporters import text
+
+    chosen = Options(n_trials, seed, layers, batch_sizes, control, fail_fast, only_trial)
+    console = Console(stderr=True, highlight=False)
+    with console.status("reading the golden") as status:
+        held = Golden.read(golden)
+        status.update("loading the model")
+        recorded = held.manifest.target
+        target = targets.load(
+            spec or recorded["spec"], options.dtype(recorded["dtype"]), held.manifest.inputs["seed"]
+        )
+        check_target(held, target)
+        requests = requests_of(held, target, prepare_again(target))
+    columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("inputs")
+
+        def progress(part: str, done: int, total: int) -> None:
+            bar.update(task, description=part, completed=done, total=total)
+
+        result = verify_golden(held, target, requests, policy_of(held), chosen, progress)
+    if json_file is not None:
+        json_reporter.write(result, json_file)
+    text.show(result, Console(highlight=False))
+    context.exit(result.exit_code())

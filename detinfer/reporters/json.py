@@ -1,0 +1,18 @@
+"""A result as JSON: keys ``schema``, ``invariance``, ``golden``, ``control``, each judged one with its ``verdict``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from detinfer.errors import InfrastructureError
+from detinfer.goldens.result import Result
+
+
+def write(result: Result, path: Path) -> None:
+    """Write ``result`` to ``path``; InfrastructureError when that cannot be done."""
+    text = json.dumps(result.to_json(), indent=1, sort_keys=True) + "\n"
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InfrastructureError(f"--json {path}: {error.strerror}; the result was not written") from error

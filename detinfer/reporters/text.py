@@ -1,0 +1,122 @@
+"""A result as text for a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from detinfer.goldens.result import Divergence, Result, Tally
+
+_STYLES = {"same": "green", "diverged": "bold red", "stale": "yellow", "vacuous": "yellow", "not_run": "dim"}
+
+
+def show(result: Result, console: Console) -> None:
+    """Print the sweep, the layers, what could have failed, and the verdicts."""
+    invariance, golden, control = result.invariance, result.golden, result.control
+    console.print(f"golden   {result.path}: {result.target}, {result.dtype}, scope {result.policy['scope']}")
+    console.print(
+        f"sweep    {invariance.trials} trials, mean batch {invariance.mean_batch}, {invariance.batches:,} batches, "
+        f"{invariance.rows_compared:,} of {invariance.rows_possible:,} rows compared"
+    )
+    console.print(_layers(result))
+    _sensitivity(result, console)
+    for first, what in ((invariance.first, "invariance"), (golden.first, "golden"), (control.first, "control")):
+        if first is not None and (what != "control" or invariance.first is None):
+            _first(first, what, console)
+    _verdict(console, "invariance", invariance.verdict, f"{invariance.rows_differing:,} rows differ", invariance.reasons)
+    differing = f"{golden.rows_differing:,} of {golden.rows_compared:,} rows differ from the file"
+    reasons = [*golden.reasons, *(f"{name}: recorded {then}, now {now}" for name, then, now in golden.stale)]
+    _verdict(console, "golden", golden.verdict, differing, reasons if golden.verdict != "same" else [])
+    if golden.stale and golden.verdict == "same":
+        console.print("           judged in another environment: every operation in it is portable", style="dim")
+    if control.verdict != "not_run":
+        console.print(
+            f"control    {control.trials_diverged} of {control.trials} trials diverge with the policy off "
+            f"({control.rows_differing:,} of {control.rows_compared:,} rows; reported, not judged)"
+        )
+        kinds = _kinds([tally for tally in control.units if tally.rows_differing])
+        if kinds:
+            console.print(f"           in {kinds}")
+
+
+def _layers(result: Result) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (("layer", "left"), ("units", "right"), ("batches", "right"), ("rows", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("differ", justify="right")
+    control = {tally.name: tally for tally in result.control.units}
+    if control:
+        table.add_column("policy off", justify="right")
+    groups: dict[str, list[Tally]] = {}
+    for tally in result.invariance.units:
+        groups.setdefault(_layer(tally.name), []).append(tally)
+    for name, tallies in groups.items():
+        differ = sum(tally.rows_differing for tally in tallies)
+        skipped = sum(tally.skipped is not None for tally in tallies)
+        row = [
+            name,
+            f"{len(tallies) - skipped}" + (f" (+{skipped} skipped)" if skipped else ""),
+            f"{sum(tally.batches for tally in tallies):,}",
+            f"{sum(tally.rows_compared for tally in tallies):,}",
+            f"[bold red]{differ:,}[/]" if differ else "0",
+        ]
+        if control:
+            row.append(f"{sum(control[tally.name].rows_differing for tally in tallies if tally.name in control):,}")
+        table.add_row(*row)
+    return table
+
+
+def _layer(name: str) -> str:
+    """The block that a unit belongs to: everything up to the first number of its name."""
+    if not name:
+        return "the whole model"
+    found = re.match(r"(.*?\.\d+)(\.|$)", name)
+    return found.group(1) if found else name
+
+
+def _kinds(tallies: Sequence[Tally]) -> str:
+    counts: dict[str, int] = {}
+    for tally in tallies:
+        label = "the whole model" if not tally.name else f"{tally.name.rsplit('.', 1)[-1]} ({tally.kind})"
+        counts[label] = counts.get(label, 0) + 1
+    return ", ".join(f"{label} x {count}" if count > 1 else label for label, count in counts.items())
+
+
+def _sensitivity(result: Result, console: Console) -> None:
+    kinds: dict[tuple[str, str], list[bool | None]] = {}
+    for probe in result.invariance.sensitivity:
+        kinds.setdefault((probe.operation, probe.dtype), []).append(probe.seen)
+    for (operation, dtype), seen in kinds.items():
+        judged = [one for one in seen if one is not None]
+        free = f", {len(seen) - len(judged)} with fewer than 3 terms" if len(judged) < len(seen) else ""
+        console.print(
+            f"planted  {operation} {dtype}: a wrong order seen at {sum(judged)} of {len(judged)} recorded shapes{free}"
+        )
+    if result.invariance.order_free:
+        console.print(f"no order {', '.join(result.invariance.order_free)}", style="dim", soft_wrap=True)
+
+
+def _first(first: Divergence, what: str, console: Console) -> None:
+    place = f"row {list(first.row)}, element {first.element}"
+    if first.batch is not None:
+        place = f"trial {first.trial}, batch {first.batch}, request {first.request} at position {first.position}, {place}"
+    else:
+        place = f"request {first.request} alone, {place}"
+    ulp = f", {first.ulp} ULP apart" if first.ulp is not None else ""
+    values = first.note or f"got {first.got}, expected {first.expected}{ulp}"
+    title = {"control": "with the policy off, the first to differ", "invariance": "first cause", "golden": "first cause"}
+    console.print(f"\n[bold]{title[what]}[/] {first.unit} ({first.type}, {first.phase} step {first.step})")
+    console.print(f"  {place}\n  {values}; {first.rows_differing:,} of {first.rows_compared:,} rows differ")
+    if what != "control":
+        console.print("  its inputs agree, its output does not")
+        console.print(f"  redo: {first.command}", soft_wrap=True)
+    console.print()
+
+
+def _verdict(console: Console, what: str, verdict: str, count: str, reasons: Sequence[str]) -> None:
+    console.print(f"{what:<10} [{_STYLES[verdict]}]{verdict.upper()}[/]  {count}")
+    for reason in reasons:
+        console.print(f"           {reason}", soft_wrap=True)
