@@ -1,0 +1,82 @@
+// Few rows: weights go from memory through registers into the FMAs, never to scratch.
+#pragma once
+
+#include "matmul_blocks.h"
+
+namespace detinfer {
+namespace {
+
+template <DType T> struct FewJob {
+  const Problem<T>& p;
+  const float* rows;  // [k][m]
+  int failed;
+};
+
+// Columns [column, column + 32 * tiles) of R rows.
+template <DType T, int R> void few_columns(const FewJob<T>& job, int64_t column, int tiles) {
+  const Problem<T>& p = job.p;
+  float sums[4 * R * kPanel];
+  const auto* b = p.b + column * p.b_n;
+  if (p.b_k == 1) {
+    constexpr int P = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+    if (P == 4 && tiles == 2) {
+      few<T, R, P>(p.k, job.rows, b, p.b_n, 2 * kPanel * p.b_n, sums);
+    } else {
+      constexpr int Q = P == 4 ? 2 : P;
+      for (int lane = 0; lane < tiles * kPanel; lane += Q * kLanes)
+        few<T, R, Q>(p.k, job.rows, b + lane * p.b_n, p.b_n, kPanel * p.b_n,
+                     sums + lane / kPanel * R * kPanel + lane % kPanel);
+    }
+  } else {
+    if (R == 1 && tiles == 4) direct<T, R, R == 1 ? 8 : 2>(p.k, job.rows, b, p.b_k, sums);
+    else
+      for (int i = 0; i < tiles; i++) direct<T, R, 2>(p.k, job.rows, b + i * kPanel, p.b_k, sums + i * R * kPanel);
+  }
+  for (int i = 0; i < tiles; i++) store_tile<T>(p, sums + i * R * kPanel, 0, R, column + i * kPanel, kPanel);
+}
+
+template <DType T, int R = kFewRows> void few_rows(const FewJob<T>& job, int64_t column, int tiles) {
+  if constexpr (R > 1) {
+    if (job.p.m != R) return few_rows<T, R - 1>(job, column, tiles);
+  }
+  few_columns<T, R>(job, column, tiles);
+}
+
+template <DType T> void run_few(int64_t begin, int64_t end, void* context) {
+  FewJob<T>& job = *static_cast<FewJob<T>*>(context);
+  const int64_t widest = job.p.b_k == 1 ? 2 : job.p.m == 1 ? 4 : 1;
+  while (begin < end) {
+    const int64_t left = end - begin;
+    const int tiles = static_cast<int>(left >= widest ? widest : 1);
+    few_rows<T>(job, begin * kPanel, tiles);
+    begin += tiles;
+  }
+}
+
+// Whole panels of p.n through run_few(); the columns that are left through blocks().
+template <DType T> int few_product(const Problem<T>& p) {
+  const int64_t panels = p.n / kPanel;
+  static thread_local Scratch scratch;
+  if (panels > 0) {
+    FewJob<T> job{p, nullptr, 0};
+    if (T == kFloat32 && p.m == 1 && p.a_k == 1) {
+      job.rows = reinterpret_cast<const float*>(p.a);
+    } else {
+      float* rows = scratch.get(Job<T>::packed_size(p.m, p.k));
+      if (rows == nullptr) return fail(kOutOfMemory, "matmul: no memory for packed rows");
+      pack_lanes<T>(p.a, p.a_m, p.a_k, static_cast<int>(p.m), p.k, rows, p.m, 0);
+      job.rows = rows;
+    }
+    parallel_for(0, panels, most(1, kTaskCycles / (16 * p.k + 1)), run_few<T>, &job);
+  }
+  if (p.n % kPanel == 0) return kOk;
+  Problem<T> rest = p;
+  rest.n = p.n % kPanel;
+  rest.b += panels * kPanel * p.b_n;
+  rest.out += panels * kPanel * p.out_n;
+  if (p.c != nullptr) rest.c += panels * kPanel * p.c_n;
+  return blocks<T>(rest, false);
+}
+
+}  // namespace
+}  // namespace detinfer
