@@ -1,0 +1,94 @@
+"""Checks the goldens in goldens/: each verifies, under other settings too, and recording it twice gives the same bytes.
+
+    python scripts/goldens.py [FOLDER ...]
+
+Runs in an environment that has the project (scripts/environment.py makes one); called by the nox session `goldens`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+TRIALS = "8"
+SETTINGS: dict[str, dict[str, str]] = {
+    "as it is": {},
+    "1 thread, baseline instructions": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "DETINFER_CPU_ISA": "baseline",
+        "OMP_NUM_THREADS": "1",
+    },
+}
+"""Variables that must not change a golden's verdict; the goldens here hold portable operations only."""
+
+
+def main(arguments: list[str]) -> int:
+    """Check every golden; 0 where all hold, else 1."""
+    folders = [Path(argument).resolve() for argument in arguments]
+    folders = folders or sorted(path.parent for path in (CHECKOUT / "goldens").rglob("manifest.json"))
+    failures = 0
+    for folder in folders:
+        name = os.path.relpath(folder, CHECKOUT)
+        for setting, variables in SETTINGS.items():
+            failures += not report(
+                f"{name}: verify, {setting}", *detinfer(variables, "verify", name, "--n-trials", TRIALS)
+            )
+        failures += not report(f"{name}: record twice", *record_twice(folder))
+    print(f"{len(folders)} goldens, {failures} failed checks", flush=True)
+    if not folders:
+        print("there is no golden to check: goldens/ holds no manifest.json", flush=True)
+        return 1
+    return int(failures > 0)
+
+
+def record_twice(folder: Path) -> tuple[bool, float, str]:
+    """Record two goldens with the command in the manifest, and compare all their bytes."""
+    command = shlex.split(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["command"])
+    start = time.monotonic()
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        for number in ("1", "2"):
+            output = Path(place) / number
+            done, _, text = detinfer({}, *command[1:], "--output", str(output))
+            if not done:
+                return False, time.monotonic() - start, text
+            found.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in output.iterdir()})
+    different = sorted(name for name in {*found[0], *found[1]} if found[0].get(name) != found[1].get(name))
+    return not different, time.monotonic() - start, f"these files differ: {', '.join(different)}"
+
+
+def detinfer(variables: dict[str, str], *arguments: str) -> tuple[bool, float, str]:
+    """Run one command of detinfer from the checkout: whether its exit code is 0, seconds, its output."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "detinfer", *arguments],
+        cwd=CHECKOUT,
+        env={**os.environ, **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    text = f"$ detinfer {shlex.join(arguments)}\n{done.stdout}exit code {done.returncode}"
+    return done.returncode == 0, time.monotonic() - start, text
+
+
+def report(check: str, passed: bool, seconds: float, text: str) -> bool:
+    """Print one line for a check, and its output where it failed."""
+    print(f"{'passed' if passed else 'FAILED'}  {check} ({seconds:.1f} s)", flush=True)
+    if not passed:
+        print(text, flush=True)
+    return passed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
