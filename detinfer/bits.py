@@ -105,6 +105,11 @@ def as_bytes(t: torch.Tensor) -> bytes:
     return _stored(t).tobytes()
 
 
+def as_memory(t: torch.Tensor) -> memoryview:
+    """The bytes of ``as_bytes`` without a copy where the tensor is contiguous on CPU: it must not change meanwhile."""
+    return _stored(t).data
+
+
 def digest(t: torch.Tensor) -> str:
     """SHA-256, in hex, of ``<dtype>[<shape, comma-separated>]`` + newline, then the tensor's bytes.
 
@@ -112,7 +117,7 @@ def digest(t: torch.Tensor) -> str:
     """
     header = f"{dtype_name(t.dtype)}[{','.join(map(str, t.shape))}]\n"
     whole = hashlib.sha256(header.encode())
-    whole.update(_stored(t))
+    whole.update(as_memory(t))
     return whole.hexdigest()
 
 
@@ -122,7 +127,7 @@ def row_digests(t: torch.Tensor, ndim_rows: int = 1) -> torch.Tensor:
     Rows are the last ``ndim_rows`` dimensions. 8 bytes tell rows apart; they do not resist an attacker.
     """
     rows, elements = rows_of(t.shape, ndim_rows)
-    data, width = memoryview(_stored(t)), elements * t.dtype.itemsize
+    data, width = as_memory(t), elements * t.dtype.itemsize
     found = np.empty((rows, ROW_DIGEST_BYTES), dtype=np.uint8)
     for i in range(rows):
         row = hashlib.blake2b(data[i * width : (i + 1) * width], digest_size=ROW_DIGEST_BYTES)

@@ -128,7 +128,7 @@ def differences(recorded: Environment, here: Environment, portable: bool = False
         if isinstance(a, dict):
             pairs = [(f"{name}.{key}", a.get(key, "unset"), b.get(key, "unset")) for key in sorted(a.keys() | b.keys())]
         else:
-            pairs = [(name, *(" ".join(v) if isinstance(v, tuple) else v for v in (a, b)))]
+            pairs = [(name, " ".join(a), " ".join(b)) if isinstance(a, tuple) else (name, a, b)]
         found += [pair for pair in pairs if pair[1] != pair[2]]
     return tuple(found)
 
@@ -197,11 +197,12 @@ def _cpu_features() -> tuple[str, ...]:
 
 
 def _flags() -> dict[str, str]:
+    cuda: Any = torch.backends.cuda  # where torch keeps the switches of attention on CPU as well
     smallest = torch.tensor([1], dtype=torch.int32).view(torch.float32)
     return {
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "mkldnn": str(torch.backends.mkldnn.enabled),
         "flush_denormal": str(float(smallest * 1.0) == 0.0),
-        "sdp_flash": str(torch.backends.cuda.flash_sdp_enabled()),
-        "sdp_math": str(torch.backends.cuda.math_sdp_enabled()),
+        "sdp_flash": str(cuda.flash_sdp_enabled()),
+        "sdp_math": str(cuda.math_sdp_enabled()),
     }

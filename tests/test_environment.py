@@ -55,7 +55,9 @@ def test_fields_that_excuse_nothing(name: str) -> None:
 
 
 def captured(variables: dict[str, str], before: str = "") -> Environment:
-    code = f"import json, torch\n{before}\nfrom detinfer import environment as e\nprint(json.dumps(e.capture().to_json()))"
+    code = (
+        f"import json, torch\n{before}\nfrom detinfer import environment as e\nprint(json.dumps(e.capture().to_json()))"
+    )
     clean = {k: v for k, v in os.environ.items() if k not in (*environment.VARIABLES, "ATEN_CPU_CAPABILITY")}
     done = subprocess.run(
         [sys.executable, "-c", code], env={**clean, **variables}, capture_output=True, text=True, check=True

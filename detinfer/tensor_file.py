@@ -1,0 +1,97 @@
+"""Write safetensors files whose bytes depend on nothing but their content; read them with the safetensors package.
+
+The package's own writer is not used: it copies every tensor once more, and with two or more metadata keys its files
+change from one save to the next. Here tensors lie in the package's order (wide dtypes first, then by name), there is
+at most one metadata key, and the SHA-256 is taken while writing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from detinfer import bits
+from detinfer.errors import UnsupportedDtype
+
+METADATA_KEY = "detinfer"
+
+NAMES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The format's name of each dtype."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Size in bytes and SHA-256 of a written file."""
+
+    size: int
+    sha256: str
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: str | None = None) -> Written:
+    """Write ``tensors`` and, under the one metadata key, ``metadata``; the file is on the disk when this returns.
+
+    Raises OSError when it cannot be written, UnsupportedDtype for a dtype that the format has no name for.
+    """
+    for name, tensor in tensors.items():
+        check_dtype(tensor.dtype, name)
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": {METADATA_KEY: metadata}}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
+    head += b" " * (-len(head) % 8)  # the data begins at a multiple of 8, as the format asks
+    parts: list[bytes | memoryview] = [len(head).to_bytes(8, "little"), head]
+    parts += [bits.as_memory(tensors[name]) for name in order]
+    whole = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in parts:
+            whole.update(part)
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(8 + len(head) + end, whole.hexdigest())
+
+
+def check_dtype(dtype: torch.dtype, what: str) -> None:
+    """UnsupportedDtype, which names ``what``, for a dtype that the format has no name for."""
+    if dtype not in NAMES:
+        raise UnsupportedDtype(f"{what}: a tensor file cannot hold {bits.dtype_name(dtype)}")
+
+
+def reader(path: Path) -> Any:
+    """The safetensors package's lazy reader of a file; ValueError when it is no whole safetensors file.
+
+    Its tensors may lie in the mapped file, at any address: clone what is to be computed with.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
