@@ -27,9 +27,9 @@ DIGEST = Hex()
 
 DECISION = {
     "op": str,
-    "dtype": Null(str),
+    "dtypes": [str],
+    "accepted": bool,
     "path": str,
-    "verdict": Word("accepted", "refused"),
     "reason": str,
     "proof": Null({"subject": str, "against": str, "cases": int, "digest": str}),
     "portable": bool,
