@@ -1,0 +1,70 @@
+"""The families of operations, and what all of them cover: one table for the policy layer.
+
+A family (``matmul``, ``attention``, ``elementwise``, ``rows``) is a module here with
+
+- ``COVERED``, the operations that it computes in their canonical order, each with its function;
+- ``REDUCES``, those of them that contain a reduction (the others have no order to get wrong);
+- ``prove(op, dtype)``, a bitwise comparison of an operation with ``detinfer.reference`` on this machine.
+
+``elementwise`` also has ``IEEE``, the operations that torch's own kernels compute with one IEEE rounding per element,
+and ``prove_ieee(op, dtype)``. Operations are spelled as torch names them: ``aten::silu``, ``aten::mean.dim``; an
+overload called ``default`` is left out. Nothing here loads the native library: the first call does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+import torch
+
+FAMILIES = ("matmul", "attention", "elementwise", "rows")
+
+
+@dataclass(frozen=True)
+class Covered:
+    """An operation that a family computes in its canonical order."""
+
+    op: str
+    family: str
+    function: Callable[..., Any]
+    reduces: bool
+
+
+def family(name: str) -> ModuleType:
+    """The module of a family."""
+    return import_module(f"{__name__}.{name}")
+
+
+@functools.cache
+def covered() -> Mapping[str, Covered]:
+    """Every covered operation by name, in the order of the families."""
+    table: dict[str, Covered] = {}
+    for name in FAMILIES:
+        module = family(name)
+        for op, function in module.COVERED.items():
+            if op in table:
+                raise RuntimeError(f"{op} is covered by {table[op].family} and by {name}: one of them has to go")
+            table[op] = Covered(op, name, function, op in module.REDUCES)
+    return MappingProxyType(table)
+
+
+@functools.cache
+def ieee() -> frozenset[str]:
+    """Operations that torch's own kernels compute with one IEEE rounding per element."""
+    return frozenset(family("elementwise").IEEE)
+
+
+def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
+    """Compare ``op`` with its reference on this machine: how many results were compared, and their bytes.
+
+    Raises Diverged with the first mismatch, UnsupportedDtype for a dtype without a canonical order.
+    """
+    found = covered().get(op)
+    name, proof = (found.family, "prove") if found is not None else ("elementwise", "prove_ieee")
+    cases, results = getattr(family(name), proof)(op, dtype)
+    return cases, results

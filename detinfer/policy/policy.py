@@ -6,7 +6,7 @@ write them into their manifest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from detinfer.errors import UsageError
@@ -15,7 +15,10 @@ Scope = Literal["run", "batch", "tp"]
 """Same bits for the same request whatever the run; ... the batch around it; ... the tensor-parallel size."""
 
 Place = Literal["here", "portable"]
-"""... on machines with this environment; ... on CPU, CUDA and ROCm alike (operations marked portable)."""
+"""... on machines with this environment; ... on every machine whose operations are marked portable."""
+
+COMPOSED_NORMS = "a norm that a model composes from pow, mean and rsqrt: each operation in its own order"
+"""Nothing is replaced: such a norm's bits are not those of rms_norm, and goldens say so."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,11 @@ class Guarantee:
             raise UsageError(f"place {self.place!r}: one of here, portable")
 
 
-
-
 @dataclass(frozen=True)
 class Proof:
     """A bitwise comparison that was made in this process.
 
-    ``subject`` is the path and dtype proved, ``against`` the reference it was compared with, ``cases`` how many
+    ``subject`` is the operation and dtype proved, ``against`` the reference it was compared with, ``cases`` how many
     results were compared, ``digest`` the SHA-256 of their bytes (the same on every machine for portable operations).
     """
 
@@ -50,7 +51,11 @@ class Proof:
 
 @dataclass(frozen=True)
 class Accepted:
-    """``op`` may run on ``path``; ``proof`` is None only for operations that move bytes (``reason`` says so)."""
+    """``op`` may run on ``path``; ``reason`` says why.
+
+    ``proof`` is None for operations that need none (they move bytes, or are exact on integers) and for those that
+    the policy allows without one. ``portable`` says that the bits do not depend on the machine.
+    """
 
     op: str
     path: str
@@ -58,14 +63,22 @@ class Accepted:
     proof: Proof | None = None
     portable: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """The decision as plain JSON values."""
+        return {"accepted": True} | asdict(self)
+
 
 @dataclass(frozen=True)
 class Refused:
-    """``op`` may not run on ``path``, and why."""
+    """``op`` may not run on ``path``, and why; the reason ends with what to do."""
 
     op: str
     path: str
     reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The decision as plain JSON values."""
+        return {"accepted": False} | asdict(self) | {"proof": None, "portable": False}
 
 
 Decision = Accepted | Refused
@@ -75,7 +88,9 @@ Decision = Accepted | Refused
 class Policy:
     """A named set of choices; frozen, so that a golden can hold exactly what it was recorded under.
 
-    ``allow`` lists operations (``aten::name.overload``) that may run on torch's own path without a proof.
+    ``allow`` lists operations that may run on torch's own path without a proof, spelled as refusals print them:
+    ``aten::cumsum``, ``aten::max.dim`` (an overload called ``default`` is left out). It is asked last: an operation
+    that is covered and proved runs on its covered path even when it is listed.
     ``uncovered`` says what happens to an operation that is neither covered nor allowed: ``refuse`` it, which needs
     a tracing pass over every call, or ``trust`` that a tracing pass was made before.
     """
@@ -83,6 +98,14 @@ class Policy:
     guarantee: Guarantee = field(default_factory=Guarantee)
     allow: tuple[str, ...] = ()
     uncovered: Literal["refuse", "trust"] = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.uncovered not in ("refuse", "trust"):
+            raise UsageError(f"uncovered {self.uncovered!r}: one of refuse, trust")
+        object.__setattr__(self, "allow", tuple(self.allow))
+        for op in self.allow:
+            if "::" not in op or op.endswith(".default"):
+                raise UsageError(f"allow {op!r}: write an operation as aten::name or aten::name.overload")
 
     def to_json(self) -> dict[str, Any]:
         """The policy as plain JSON values."""

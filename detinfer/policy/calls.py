@@ -1,0 +1,78 @@
+"""Calls of reducing operations as values: everything but the tensors' contents, so that a call can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor argument without its contents: sizes, strides (in elements) and dtype."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: the arguments as they were passed, each tensor replaced by its Operand and each list by a tuple.
+
+    Equal calls are equal and hash alike, so that they can be counted.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """The tensor arguments, in order."""
+        return tuple(_operands((*self.args, *(value for _, value in self.kwargs))))
+
+
+Raw = tuple[Any, ...]
+
+
+def raw(values: tuple[Any, ...] | list[Any]) -> Raw:
+    """Arguments as something that can be hashed, made as cheaply as possible: ``cooked`` turns it into a Call."""
+    return tuple(
+        (_TENSOR, a.shape, a.stride(), a.dtype)
+        if isinstance(a, torch.Tensor)
+        else raw(a)
+        if isinstance(a, list | tuple)
+        else a
+        for a in values
+    )
+
+
+def cooked(op: str, args: Raw, names: tuple[str, ...], values: Raw) -> Call:
+    """The Call of ``raw`` arguments by position, and of ``raw`` arguments with these names."""
+    return Call(op, _cook(args), tuple(zip(names, _cook(values), strict=True)))
+
+
+_TENSOR = object()
+
+
+def _cook(values: Raw) -> tuple[Any, ...]:
+    return tuple(_cooked(value) for value in values)
+
+
+def _cooked(value: Any) -> Any:
+    if not isinstance(value, tuple):
+        return value
+    if value and value[0] is _TENSOR:
+        return Operand(tuple(value[1]), value[2], value[3])
+    return _cook(value)
+
+
+def _operands(values: tuple[Any, ...]) -> Iterator[Operand]:
+    for value in values:
+        if isinstance(value, Operand):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _operands(value)

@@ -1,0 +1,121 @@
+"""Whether an operation may run under a policy: a pure function from what is known to a decision with its reason.
+
+The questions come in this order, and the first that says yes decides:
+
+1. Does a family cover it? Its path, once the family's proof has been made for each floating-point dtype.
+2. Does it draw random numbers? Refused.
+3. Are all its dtypes integers or booleans? Exact in any order: torch's own path.
+4. Does it only move bytes? torch's own path; a cast on the way needs the proof of casts.
+5. Is it one IEEE rounding per element? torch's own path, once that is proved.
+6. Does the policy allow it by name? torch's own path, without a proof.
+
+Anything else is refused: an operation that nobody has looked at never runs on a guess.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from detinfer.policy import refusals
+from detinfer.policy.copies import ARANGE, CAST, COPIES, SUMS, WHOLE_STEPS, casts
+from detinfer.policy.policy import Accepted, Decision, Policy, Proof, Refused
+
+TORCH = "torch"
+"""The path of torch's own kernels."""
+
+MOVES = "moves bytes and computes nothing"
+"""The reason for copies."""
+
+FROM_INTEGERS = "from integers"
+"""The variant of a call whose tensors are all integers (or absent) and whose result is floating point."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A covered operation as a decision sees it: ``op`` is the one that is proved, ``path`` where it runs."""
+
+    op: str
+    path: str
+    reduces: bool
+
+
+@dataclass(frozen=True)
+class Known:
+    """What decisions are made from.
+
+    ``covered`` holds every covered operation, in-place and ``out`` forms included (they name the operation whose
+    proof stands for them); ``ieee`` the operations whose torch kernels round once per element; ``prove`` gives the
+    proof of an operation for a dtype, or the reason why there is none; ``random`` says which operations draw random
+    numbers.
+    """
+
+    covered: Mapping[str, Family]
+    ieee: Mapping[str, str]
+    prove: Callable[[str, torch.dtype], Proof | Refused]
+    random: Callable[[str], bool]
+
+
+def decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Known, *, variant: str = "") -> Decision:
+    """The decision for ``op`` on arguments of ``dtypes`` (with the dtype that the result was asked for, if any).
+
+    ``variant`` is ``copies.variant`` of the arguments. Calls nothing but ``known``; raises nothing.
+    """
+    decision = _decide(policy, op, dtypes, known, variant)
+    if isinstance(decision, Accepted) and policy.guarantee.place == "portable" and not decision.portable:
+        decision = Refused(op, decision.path, "its bits are not marked portable: use place 'here'")
+    if isinstance(decision, Refused) and op in policy.allow and policy.guarantee.scope != "tp":
+        return Accepted(op, TORCH, f"allowed by the policy; otherwise: {decision.reason}")
+    return decision
+
+
+def _decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Known, variant: str) -> Decision:
+    if policy.guarantee.scope == "tp":
+        return Refused(op, TORCH, refusals.TENSOR_PARALLEL)
+    floating = tuple(d for d in dtypes if d.is_floating_point or d.is_complex)
+    family = known.covered.get(op)
+    if family is not None and floating:
+        if variant == FROM_INTEGERS:  # the family leaves integer operands to torch, which then makes floats of them
+            return Refused(op, TORCH, refusals.FROM_INTEGERS)
+        return _proved(op, family.op, family.path, "canonical order", floating, known)
+    if known.random(op):
+        return Refused(op, TORCH, refusals.random(op))
+    if not floating:
+        return Accepted(op, TORCH, "integers and booleans: exact in any order", portable=True)
+    if op in COPIES and variant != SUMS:
+        if not casts(op, dtypes):
+            return Accepted(op, TORCH, MOVES, portable=True)
+        return _proved(op, CAST, TORCH, "a cast, one rounding per element", floating, known)
+    if op in ARANGE and variant == WHOLE_STEPS:
+        return Accepted(op, TORCH, "whole numbers that its dtype holds exactly", portable=True)
+    if op in known.ieee:
+        return _proved(op, known.ieee[op], TORCH, "one IEEE rounding per element", floating, known)
+    return Refused(op, TORCH, refusals.reason(op))
+
+
+def _proved(
+    op: str, subject: str, path: str, why: str, floating: tuple[torch.dtype, ...], known: Known
+) -> Accepted | Refused:
+    if unsupported := [d for d in floating if d not in refusals.DTYPES]:
+        return Refused(op, path, refusals.dtype(unsupported))
+    proofs: list[Proof] = []
+    for dtype in floating:
+        proof = known.prove(subject, dtype)
+        if isinstance(proof, Refused):
+            return Refused(op, path, proof.reason)
+        proofs.append(proof)
+    return Accepted(op, path, why, _joined(proofs), portable=True)
+
+
+def _joined(proofs: list[Proof]) -> Proof:
+    if len(proofs) == 1:
+        return proofs[0]
+    return Proof(
+        subject=", ".join(p.subject for p in proofs),
+        against=proofs[0].against,
+        cases=sum(p.cases for p in proofs),
+        digest=hashlib.sha256("".join(p.digest for p in proofs).encode()).hexdigest(),
+    )

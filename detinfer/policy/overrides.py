@@ -1,0 +1,82 @@
+"""Covered operations put in the place of torch's CPU kernels, for the whole process, until they are taken out.
+
+One ``torch.library.Library`` holds them all. An override proves its path before the first call of each dtype, and
+hands a call whose tensors are all integers to the kernel that it stands in front of.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detinfer.errors import RefusedError
+from detinfer.policy.decide import decide
+from detinfer.policy.families import Families
+from detinfer.policy.overloads import adapt, forms
+from detinfer.policy.policy import Accepted
+from detinfer.policy.refusals import message
+from detinfer.policy.state import STATE
+
+
+class Overrides:
+    """Every form of every covered operation, installed for the dispatcher's CPU key until ``remove``."""
+
+    def __init__(self, families: Families) -> None:
+        self.families = families
+        library: Any = torch.library.Library  # untyped in torch
+        self._library = library("aten", "IMPL")
+        try:
+            with warnings.catch_warnings():
+                # torch warns once that a kernel is replaced: that is what a policy is for.
+                warnings.filterwarnings("ignore", message="(?s).*overriding a previously registered kernel")
+                for op, found in families.covered.items():
+                    for overload in forms(op):
+                        if overload.name != op and overload.name in families.covered:
+                            continue  # the family has a function of its own for this form
+                        original = torch.library.get_kernel(overload.name, "CPU")
+                        call = _override(overload.name, adapt(found.function, overload), original, families)
+                        name = overload.name.removeprefix("aten::")
+                        self._library.impl(name, call, "CPU", with_keyset=True, allow_override=True)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Give the CPU key back to torch's own kernels."""
+        self._library._destroy()
+
+
+def _override(name: str, function: Callable[..., Any], original: Any, families: Families) -> Callable[..., Any]:
+    proved: defaultdict[bytes, set[torch.dtype]] = defaultdict(set)
+    level = families.level
+
+    def call(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if STATE.proving is not None and STATE.proving == get_ident():
+            return original.call_boxed(keys, *args, **kwargs)
+        done = proved[level()]
+        for a in args:
+            if isinstance(a, Tensor) and a.dtype not in done and not settle(a.dtype, done):
+                return original.call_boxed(keys, *args, **kwargs)
+        result = function(*args, **kwargs)
+        if result is NotImplemented:
+            return original.call_boxed(keys, *args, **kwargs)
+        return result
+
+    def settle(dtype: torch.dtype, done: set[torch.dtype]) -> bool:
+        """Whether the covered path may take ``dtype``; False when the policy sends it to torch's own."""
+        if dtype.is_floating_point or dtype.is_complex:
+            decision = decide(STATE.policy(), name, (dtype,), families.known)
+            if not isinstance(decision, Accepted):
+                raise RefusedError(message(f"{name} on {dtype}", decision.reason))
+            if decision.proof is None:
+                return False
+        done.add(dtype)
+        return True
+
+    return call
