@@ -1,0 +1,105 @@
+"""The public surface changes on purpose only: names, verbs, options and exit codes are listed here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import detinfer
+from detinfer import errors
+from detinfer.cli import cli
+
+NAMES = {
+    "Accepted",
+    "Active",
+    "Decision",
+    "DetinferError",
+    "Guarantee",
+    "Policy",
+    "Proof",
+    "Refused",
+    "RefusedError",
+    "deterministic",
+    "explain",
+}
+OPTIONS = {
+    "bench": set(),
+    "env": {"--json"},
+    "record": {
+        "--allow",
+        "--decode-steps",
+        "--dtype",
+        "--force",
+        "--layers",
+        "--length",
+        "--n-prompts",
+        "--output",
+        "--policy",
+        "--prompts",
+        "--reason",
+        "--seed",
+        "--tensors",
+    },
+    "verify": {
+        "--batch-sizes",
+        "--control",
+        "--fail-fast",
+        "--json",
+        "--layers",
+        "--n-trials",
+        "--only-trial",
+        "--seed",
+        "--target",
+    },
+}
+
+
+def test_names() -> None:
+    """`from detinfer import *` gives these names, each exists, and the reference lists each."""
+    assert set(detinfer.__all__) == NAMES
+    assert all(getattr(detinfer, name) is not None for name in NAMES)
+    page = (Path(__file__).parents[1] / "docs/reference/python.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == NAMES
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """Names are loaded when first used; one that does not exist says so like any other."""
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = detinfer.no_such_name
+
+
+def test_import_is_light() -> None:
+    """Importing detinfer imports neither torch nor numpy."""
+    code = "import sys, detinfer; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_verbs_and_options() -> None:
+    """Every verb has the options listed above, and there is no other verb."""
+    found = {
+        name: {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+        for name, command in cli.commands.items()
+        if isinstance(command, click.Command)
+    }
+    assert found == OPTIONS
+
+
+def test_exit_codes() -> None:
+    """Exit codes are part of the interface: scripts read them."""
+    codes = {name: value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+    assert codes == {
+        "EXIT_SAME": 0,
+        "EXIT_DIVERGED": 1,
+        "EXIT_USAGE": 2,
+        "EXIT_INTERNAL": 3,
+        "EXIT_GOLDEN": 4,
+        "EXIT_VACUOUS": 5,
+        "EXIT_INFRASTRUCTURE": 6,
+        "EXIT_INTERRUPTED": 130,
+    }
