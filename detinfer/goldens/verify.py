@@ -14,7 +14,7 @@ from detinfer import bits, environment
 from detinfer.errors import GoldenError, UsageError
 from detinfer.goldens import stress_inputs, tree
 from detinfer.goldens.collect import WHOLE, collect
-from detinfer.goldens.compare import compare
+from detinfer.goldens.compare import by_digests, compare
 from detinfer.goldens.format import Golden
 from detinfer.goldens.replay import Replay, replays
 from detinfer.goldens.result import Comparison, Control, Divergence, Invariance, Result, Sensitivity, Tally
@@ -136,6 +136,7 @@ def verify(
         clock("inputs")
         sweep = Sweep(target, requests, units, whole, redo)
         result.golden = _judge_golden(golden, sweep, units, chosen, recomputed, progress, redo)
+        sweep.expect(trials)
         clock("alone")
         _run(sweep, trials[:1], options, progress, len(trials))  # the first trial is traced, as the runs alone were
     with deterministic(replace(policy, uncovered="trust")):
@@ -274,8 +275,6 @@ def _against_file(golden: Golden, node: Node, wanted: Node, found: Comparison) -
         found.rows_compared += rows.compared
         found.rows_differing += rows.differing
         return None if rows.first is None else (rows, rows.first)
-    from detinfer.goldens.compare import by_digests
-
     rows = by_digests(node, wanted, golden)
     found.rows_compared += rows.compared
     found.rows_differing += rows.differing
