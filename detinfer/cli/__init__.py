@@ -40,7 +40,9 @@ for _command in (record, verify, env, bench):
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; every message goes to stderr."""
     try:
-        outcome = cli.main(args=None if arguments is None else list(arguments), prog_name="detinfer", standalone_mode=False)
+        outcome = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="detinfer", standalone_mode=False
+        )
         return outcome if isinstance(outcome, int) else errors.EXIT_SAME
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)

@@ -50,6 +50,9 @@ policy_option = click.option(
     "--policy", "scope", default="batch", show_default=True, metavar="SCOPE", help="Scope of the policy: batch or run."
 )
 allow_option = click.option(
-    "--allow", multiple=True, metavar="OP", help="Let aten::name.overload run on torch's own path, unproved. Repeatable."
+    "--allow",
+    multiple=True,
+    metavar="OP",
+    help="Let aten::name.overload run on torch's own path, unproved. Repeatable.",
 )
 layers_option = click.option("--layers", metavar="REGEX", help="Only units whose name matches.")

@@ -22,14 +22,18 @@ from detinfer.cli import options
     help="Tensors to store: all; those of the first and last block and the logits; digests only.",
 )
 @options.layers_option
-@click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File of prompts, one a line.")
+@click.option(
+    "--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File of prompts, one a line."
+)
 @click.option("--n-prompts", default=4, show_default=True, help="How many of the built-in prompts, without --prompts.")
 @click.option("--length", default=16, show_default=True, help="Tokens of each built-in prompt.")
 @click.option("--decode-steps", default=8, show_default=True, help="Single-token steps after the prompt.")
 @click.option("--dtype", "dtype_name", metavar="DTYPE", help="float32, bfloat16 or float16 [default: the target's].")
 @options.policy_option
 @options.allow_option
-@click.option("--seed", default=0, show_default=True, help="Seed of generated token ids and of a factory that takes one.")
+@click.option(
+    "--seed", default=0, show_default=True, help="Seed of generated token ids and of a factory that takes one."
+)
 @click.option("--reason", default="", help="Why this golden is recorded: kept in its manifest.")
 @click.option("--force", is_flag=True, help="Replace a golden that is there.")
 def record(
@@ -81,7 +85,9 @@ def record(
             progress=lambda part: status.update(f"recording: {part}"),
         )
     out = Console(highlight=False)
-    out.print(f"[bold]recorded[/] {written.path}: {written.units} units, {written.calls} calls, {written.bytes / 1e6:.1f} MB")
+    out.print(
+        f"[bold]recorded[/] {written.path}: {written.units} units, {written.calls} calls, {written.bytes / 1e6:.1f} MB"
+    )
     if written.skipped:
         out.print(f"  {written.skipped} units cannot be replayed; the manifest says why")
     out.print(f"  {len(requests)} requests, each alone, three times: same bytes every time")

@@ -26,7 +26,9 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
 @click.option("--n-trials", default=50, show_default=True, help="Batches to form and replay.")
 @click.option("--seed", default=0, show_default=True, help="Seed of batch sizes and positions.")
 @options.layers_option
-@click.option("--batch-sizes", callback=_sizes, metavar="1,2,...", help="Sizes to use in turn [default: 1 to 64, edges first].")
+@click.option(
+    "--batch-sizes", callback=_sizes, metavar="1,2,...", help="Sizes to use in turn [default: 1 to 64, edges first]."
+)
 @click.option("--control", is_flag=True, help="Also run the sweep with the policy off and report what diverges.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first trial that diverges.")
 @click.option("--only-trial", type=int, metavar="N", help="Redo trial N alone.")
@@ -65,9 +67,7 @@ def verify(
         held = Golden.read(golden)
         status.update("loading the model")
         recorded = held.manifest.target
-        target = targets.load(
-            spec or recorded["spec"], options.dtype(recorded["dtype"]), held.manifest.inputs["seed"]
-        )
+        target = targets.load(spec or recorded["spec"], options.dtype(recorded["dtype"]), held.manifest.inputs["seed"])
         check_target(held, target)
         requests = requests_of(held, target, prepare_again(target))
     columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -49,7 +49,7 @@ def collect(
         if target.kind == "causal_lm":
             logits, tokens = run_language_model(target, [request], around)
             results: list[Node] = [{"tensor": step} for step in logits]
-            found.tokens.append(tokens)
+            found.tokens.append(tokens[0])
         else:
             results = run(target, [request], around)
         for step, result in enumerate(results):

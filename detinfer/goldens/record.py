@@ -179,9 +179,7 @@ def _shape_json(shape: Shape) -> dict[str, Any]:
     return {"arguments": shape.arguments, "outputs": shape.outputs}
 
 
-def _units(
-    found: Collected, shape: dict[str, Shape], digests: Callable[[str, Node], Node]
-) -> list[dict[str, Any]]:
+def _units(found: Collected, shape: dict[str, Shape], digests: Callable[[str, Node], Node]) -> list[dict[str, Any]]:
     """The manifest's units in the order in which their calls end: the innermost first."""
     units: dict[str, dict[str, Any]] = {}
     for (request, step), calls in found.calls.items():

@@ -108,7 +108,9 @@ def _run_module(target: Target, batch: Sequence[Request], around: Around) -> Nod
     try:
         return tree.encode(output)
     except tree.NotEncodable as error:
-        raise TargetError(f"the module's output cannot be compared: {error}; return tensors in tuples or dicts") from error
+        raise TargetError(
+            f"the module's output cannot be compared: {error}; return tensors in tuples or dicts"
+        ) from error
 
 
 def module_requests(target: Target) -> list[Request]:

@@ -89,7 +89,9 @@ def probe(stress: Stress, operation: str, dtype: torch.dtype) -> Sensitivity:
     together: Node = {"tensor": stress.run(*stress.make(everyone))}
     honest = compare(together, expected)
     if stress.length < 3:
-        return _sensitivity(stress, operation, dtype, None, honest.differing == 0, honest.compared, "fewer than 3 terms")
+        return _sensitivity(
+            stress, operation, dtype, None, honest.differing == 0, honest.compared, "fewer than 3 terms"
+        )
     planted: Node = {"tensor": stress.restore(stress.run(*stress.plant(stress.make(everyone))))}
     seen = compare(planted, expected).differing > 0
     return _sensitivity(stress, operation, dtype, seen, honest.differing == 0, honest.compared, "")

@@ -54,7 +54,7 @@ def encode(value: Any, layers: frozenset[int] | None = None, path: str = "") -> 
         return {"dict": {name: encode(item, layers, _join(path, name)) for name, item in value.items()}}
     if _is_cache(value):
         held: Node = {}
-        for index, layer in enumerate(value.layers):  # type: ignore[attr-defined]
+        for index, layer in enumerate(value.layers):
             if (layers is None or index in layers) and getattr(layer, "keys", None) is not None:
                 held[str(index)] = {"keys": {"tensor": layer.keys}, "values": {"tensor": layer.values}}
         return {"cache": held}

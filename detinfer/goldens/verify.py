@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from detinfer import bits, environment
 from detinfer.errors import GoldenError, UsageError
 from detinfer.goldens import stress_inputs, tree
+from detinfer.goldens.capture import Call
 from detinfer.goldens.collect import WHOLE, collect
 from detinfer.goldens.compare import by_digests, compare
 from detinfer.goldens.format import Golden
@@ -215,7 +215,7 @@ def _load_inputs(
     recomputed: dict[tuple[str, Key], tuple[Node, Node]] = {}
     for unit, key in missing:
         call = found.calls[key].get(unit.name)
-        if call is None or not hasattr(call, "arguments"):
+        if not isinstance(call, Call):
             raise GoldenError(f"{golden.path}: the model no longer calls {unit.name} at step {key[1]}")
         unit.arguments[key] = call.arguments
         recomputed[unit.name, key] = (call.arguments, call.outputs)
@@ -232,9 +232,7 @@ def _judge_golden(
     redo: Callable[[str, int | None], str],
 ) -> Comparison:
     """Compare what each unit gives alone now with the file, unit by unit in the order of execution."""
-    recorded = {
-        (entry["name"], (call["request"], call["step"])): call for entry in chosen for call in entry["calls"]
-    }
+    recorded = {(entry["name"], (call["request"], call["step"])): call for entry in chosen for call in entry["calls"]}
     order = {unit.name: index for index, unit in enumerate(units)}
     found = Comparison(verdict="same")
     failures: list[tuple[int, Divergence]] = []

@@ -26,7 +26,9 @@ def show(result: Result, console: Console) -> None:
     for first, what in ((invariance.first, "invariance"), (golden.first, "golden"), (control.first, "control")):
         if first is not None and (what != "control" or invariance.first is None):
             _first(first, what, console)
-    _verdict(console, "invariance", invariance.verdict, f"{invariance.rows_differing:,} rows differ", invariance.reasons)
+    _verdict(
+        console, "invariance", invariance.verdict, f"{invariance.rows_differing:,} rows differ", invariance.reasons
+    )
     differing = f"{golden.rows_differing:,} of {golden.rows_compared:,} rows differ from the file"
     reasons = [*golden.reasons, *(f"{name}: recorded {then}, now {now}" for name, then, now in golden.stale)]
     _verdict(console, "golden", golden.verdict, differing, reasons if golden.verdict != "same" else [])
@@ -102,12 +104,18 @@ def _sensitivity(result: Result, console: Console) -> None:
 def _first(first: Divergence, what: str, console: Console) -> None:
     place = f"row {list(first.row)}, element {first.element}"
     if first.batch is not None:
-        place = f"trial {first.trial}, batch {first.batch}, request {first.request} at position {first.position}, {place}"
+        place = (
+            f"trial {first.trial}, batch {first.batch}, request {first.request} at position {first.position}, {place}"
+        )
     else:
         place = f"request {first.request} alone, {place}"
     ulp = f", {first.ulp} ULP apart" if first.ulp is not None else ""
     values = first.note or f"got {first.got}, expected {first.expected}{ulp}"
-    title = {"control": "with the policy off, the first to differ", "invariance": "first cause", "golden": "first cause"}
+    title = {
+        "control": "with the policy off, the first to differ",
+        "invariance": "first cause",
+        "golden": "first cause",
+    }
     console.print(f"\n[bold]{title[what]}[/] {first.unit} ({first.type}, {first.phase} step {first.step})")
     console.print(f"  {place}\n  {values}; {first.rows_differing:,} of {first.rows_compared:,} rows differ")
     if what != "control":

@@ -5,13 +5,12 @@ Every factory returns ``(module, requests)`` for ``package.module:factory``. Inp
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from detinfer.goldens.stress import cancelling, disorder, numbers
-
-import numpy as np
 
 WIDTH = 77
 REQUESTS = 6

@@ -53,7 +53,9 @@ def test_a_faulty_layer_is_caught_and_named(fault: str, tmp_path: Path, capfd: p
     assert (code, invariance["verdict"], result["golden"]["verdict"]) == (1, "diverged", "same")
     first = invariance["first"]
     assert first["unit"] == "layer"
-    assert first["batch"] > 1 and first["got"] != first["expected"] and first["ulp"] >= 1
+    assert first["batch"] > 1
+    assert first["got"] != first["expected"]
+    assert first["ulp"] >= 1
     differing = {unit["name"] for unit in invariance["units"] if unit["rows_differing"]}
     assert differing == {"layer", ""}, "the layer and the whole model differ, the sound layer does not"
     assert "first cause" in capfd.readouterr().out
@@ -61,7 +63,8 @@ def test_a_faulty_layer_is_caught_and_named(fault: str, tmp_path: Path, capfd: p
     again = [word.strip("'") for word in first["command"].split()[1:]]
     assert cli.run(again) == 1
     out = capfd.readouterr().out
-    assert first["got"] in out and first["expected"] in out
+    assert first["got"] in out
+    assert first["expected"] in out
     assert cli.run([*again[:-1], _alone(result)]) in (0, 5), "a batch of one row cannot differ"
 
 
@@ -93,7 +96,8 @@ def test_batches_of_one_row_are_vacuous(tmp_path: Path) -> None:
     """Nothing stood beside any row: that shows nothing."""
     assert record("sound", tmp_path / "golden") == 0
     code, result = verify(tmp_path / "golden", "--batch-sizes", "1")
-    assert code == 5 and any("one row" in reason for reason in result["invariance"]["reasons"])
+    assert code == 5
+    assert any("one row" in reason for reason in result["invariance"]["reasons"])
 
 
 @pytest.mark.parametrize("tensors", ["slice", "none"])
@@ -102,7 +106,8 @@ def test_inputs_that_are_not_stored_are_recomputed(tensors: str, tmp_path: Path)
     assert record("sound", tmp_path / "full") == 0
     assert record("sound", tmp_path / "some", "--tensors", tensors) == 0
     code, result = verify(tmp_path / "some")
-    assert code == 0 and result["golden"]["verdict"] == "same"
+    assert code == 0
+    assert result["golden"]["verdict"] == "same"
     size = {where: sum(f.stat().st_size for f in (tmp_path / where).iterdir()) for where in ("full", "some")}
     assert size["some"] < size["full"] if tensors == "none" else size["some"] <= size["full"]
 
@@ -112,7 +117,8 @@ def test_recording_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for where in ("a", "b"):
         assert record("sound", tmp_path / where) == 0
     first, second = ({f.name: f.read_bytes() for f in sorted((tmp_path / where).iterdir())} for where in ("a", "b"))
-    assert first == second and len(first) >= 2
+    assert first == second
+    assert len(first) >= 2
 
 
 @pytest.mark.parametrize(
@@ -141,7 +147,8 @@ def test_a_golden_of_another_model_is_refused(tmp_path: Path, capfd: pytest.Capt
     """Exit 4, naming what differs."""
     assert record("sound", tmp_path / "golden") == 0
     code, _ = verify(tmp_path / "golden", "--target", "faults:tail_sum")
-    assert code == 4 and "another model" in capfd.readouterr().err
+    assert code == 4
+    assert "another model" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "manifest", "newer", "missing"])
@@ -162,7 +169,8 @@ def test_a_damaged_golden_is_refused(how: str, tmp_path: Path, capfd: pytest.Cap
     else:
         manifest.unlink()
     code, result = verify(golden)
-    assert code == 4 and result == {}
+    assert code == 4
+    assert result == {}
     error = capfd.readouterr().err
     assert ("tensors.safetensors" if how in ("truncated", "flipped") else "manifest.json") in error
 
