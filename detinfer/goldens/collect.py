@@ -82,11 +82,11 @@ def shapes(target: Target, request: Request, chosen: Callable[[str], bool]) -> d
 
         results[size] = run(target, [probe] * size, around)
     found: dict[str, Shape] = {WHOLE: Shape()}
-    for step, (alone_result, paired_result) in enumerate(zip(results[1], results[2], strict=True)):
-        try:
+    try:
+        for step, (alone_result, paired_result) in enumerate(zip(results[1], results[2], strict=True)):
             found[WHOLE].outputs[phase(step)] = find(alone_result, paired_result)
-        except NoBatch as error:
-            found[WHOLE].reason = f"cannot be put into a batch: {error}"
+    except NoBatch as error:
+        found[WHOLE].reason = f"cannot be put into a batch: {error}"
     for (size, step), calls in seen.items():
         if size != 1:
             continue

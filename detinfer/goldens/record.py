@@ -76,6 +76,8 @@ def record(
             _check_same(first, other, again)
         progress("batch 2, for the shapes")
         shape = shapes(target, requests[0], chosen)
+    if shape[WHOLE].reason is not None:
+        raise TargetError(f"the model's result {shape[WHOLE].reason}: a request needs one batch dimension throughout")
     if not any(isinstance(call, Call) for calls in first.calls.values() for call in calls.values()):
         raise TargetError(f"no layer matches {layers!r}: nothing would be recorded")
 
