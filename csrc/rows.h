@@ -1,9 +1,37 @@
-// Arguments of the rows family.
+// Arguments of the rows family: one result, or one row of results, for each row of n elements.
 #pragma once
 #include <cstdint>
 
 namespace detinfer {
+
+// detinfer/ops/rows.py has the same numbers.
+enum RowsOp : int32_t { kSum = 0, kMean, kSoftmax, kLogSoftmax, kRmsNorm, kLayerNorm };
+
+// What RMSNorm does after h * r: round to T, then times w; times w; times (1 + w).
+enum WeightMode : int32_t { kLlama = 0, kFp32Weight, kGemma };
+
+// What RMSNorm normalises when a residual is given: the sum rounded to T, or the unrounded sum.
+enum ResidualMode : int32_t { kRounded = 0, kUnrounded };
+
 struct RowsArgs {
-  int32_t dtype;
+  int32_t op;             // RowsOp
+  int32_t dtype;          // DType of x, residual and residual_out
+  int32_t out_dtype;      // `dtype` or fp32
+  int32_t weight_dtype;   // DType of weight and bias
+  int32_t stat_dtype;     // DType of mean and rstd
+  int32_t weight_mode;    // WeightMode
+  int32_t residual_mode;  // ResidualMode
+  int64_t rows, n;
+  int64_t stride;  // elements from one row of x to the next; every other tensor is contiguous
+  const void* x;
+  const void* residual;  // null: no residual
+  const void* weight;    // n elements, or null: factor 1
+  const void* bias;      // n elements, or null
+  void* out;             // sum, mean: one element a row; else n elements a row
+  void* residual_out;    // with residual: n elements a row
+  void* mean;            // layer norm: one element a row, or null
+  void* rstd;            // both norms: one element a row, or null
+  double eps;            // rounded to fp32 before use
 };
+
 }  // namespace detinfer

@@ -107,19 +107,38 @@ template <DType T> inline void store_as(typename Storage<T>::type* p, F v) {
   }
 }
 
-// The first `count` (< kLanes) elements at p; other lanes hold `fill`. Same conversions as load_as.
+// The first `count` (0 < count < kLanes) elements at p; other lanes hold `fill`. Same conversions as load_as.
 template <DType T> inline F load_some(const typename Storage<T>::type* p, int count, float fill) {
+#if DETINFER_LANES == 16
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1u);
+  if constexpr (T == kFloat32) {
+    return (F)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, p);
+  } else {
+    const H h = (H)_mm256_maskz_loadu_epi16(mask, p);
+    const F v = T == kBFloat16 ? widen_bfloat16(h) : widen_float16(h);
+    return (F)_mm512_mask_blend_ps(mask, _mm512_set1_ps(fill), (__m512)v);
+  }
+#else
+  if (count >= kLanes) __builtin_unreachable();
   typename Storage<T>::type lanes[kLanes] = {};
   std::memcpy(lanes, p, sizeof(lanes[0]) * count);
   F v = load_as<T>(lanes);
   for (int i = count; i < kLanes; i++) v[i] = fill;
   return v;
+#endif
 }
 
 template <DType T> inline void store_some(typename Storage<T>::type* p, F v, int count) {
+#if DETINFER_LANES == 16
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1u);
+  if constexpr (T == kFloat32) _mm512_mask_storeu_ps(p, mask, (__m512)canonical(v));
+  else _mm256_mask_storeu_epi16(p, mask, (__m256i)(T == kBFloat16 ? narrow_bfloat16(v) : narrow_float16(v)));
+#else
+  if (count >= kLanes) __builtin_unreachable();
   typename Storage<T>::type lanes[kLanes];
   store_as<T>(lanes, v);
   std::memcpy(p, lanes, sizeof(lanes[0]) * count);
+#endif
 }
 
 }  // namespace

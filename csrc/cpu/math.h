@@ -1,0 +1,136 @@
+// exp, sigmoid and silu on fp32 vectors, and the small operations that they and math64.h are made of.
+//
+// Everything is a fixed sequence of IEEE operations and written FMAs, so every instruction set gives the same bits.
+// Polynomials are minimax fits of scripts/fit_polynomials.py. Largest errors against the true value, over all 2^32
+// inputs: exp 1.00 ULP, sigmoid 0.99, silu 1.05.
+#pragma once
+
+#include "vec.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace detinfer {
+namespace {
+
+inline F absolute(F v) { return (F)((U)v & 0x7fffffffu); }
+inline F with_sign_of(F magnitude, F sign) { return (F)((U)magnitude | ((U)sign & 0x80000000u)); }
+
+// The greater (lesser) of v and a constant; NaN stays NaN. x86 max and min return their second operand if either is NaN.
+inline F at_least(F v, float low) {
+#if DETINFER_LANES == 16
+  return (F)_mm512_max_ps(_mm512_set1_ps(low), (__m512)v);
+#elif DETINFER_LANES == 8
+  return (F)_mm256_max_ps(_mm256_set1_ps(low), (__m256)v);
+#else
+  return v < low ? broadcast(low) : v;
+#endif
+}
+inline F at_most(F v, float high) {
+#if DETINFER_LANES == 16
+  return (F)_mm512_min_ps(_mm512_set1_ps(high), (__m512)v);
+#elif DETINFER_LANES == 8
+  return (F)_mm256_min_ps(_mm256_set1_ps(high), (__m256)v);
+#else
+  return v > high ? broadcast(high) : v;
+#endif
+}
+
+inline F square_root(F v) {
+#if DETINFER_LANES == 16
+  return (F)_mm512_sqrt_ps((__m512)v);
+#elif DETINFER_LANES == 8
+  return (F)_mm256_sqrt_ps((__m256)v);
+#elif defined(__SSE2__)
+  return (F)_mm_sqrt_ps((__m128)v);
+#else
+  for (int i = 0; i < kLanes; i++) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+inline bool any(I mask) {
+#if DETINFER_LANES == 16
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif DETINFER_LANES == 8
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; i++) found |= mask[i];
+  return found != 0;
+#endif
+}
+
+// v * 2^k, rounded once, for integers k in [-252, 254] and |v| in [0.5, 2].
+inline F scale(F v, F k) {
+#if DETINFER_LANES == 16
+  return (F)_mm512_scalef_ps((__m512)v, (__m512)k);
+#else
+  // Two exact powers: the first product cannot leave the normal range, so only the second one rounds.
+  const I exponent = __builtin_convertvector(k, I);
+  const I half = exponent >> 1;
+  return v * (F)((half + 127) << 23) * (F)((exponent - half + 127) << 23);
+#endif
+}
+
+// e^v = 2^k (1 + q), for v in [-130, 130]; q is e^r - 1 of the remainder |r| <= ln(2) / 2.
+struct Exponential {
+  F q, k;
+};
+inline Exponential exponential(F v) {
+  const F magic = broadcast(0x1.8p23f);  // adding it leaves the nearest integer in the last bits
+  const F k = fma(v, broadcast(0x1.715476p+0f), magic) - magic;
+  F r = fma(k, broadcast(-0x1.62e4p-1f), v);  // exact: this part of ln 2 has 15 bits
+  r = fma(k, broadcast(-0x1.7f7d1cp-20f), r);
+  F c = broadcast(0x1.6a2434p-10f);
+  c = fma(c, r, broadcast(0x1.1239e2p-7f));
+  c = fma(c, r, broadcast(0x1.5558f2p-5f));
+  c = fma(c, r, broadcast(0x1.555492p-3f));
+  c = fma(c, r, broadcast(0x1.fffffcp-2f));
+  return {fma(c, r * r, r), k};
+}
+
+inline F exp(F x) {
+  const Exponential e = exponential(at_most(at_least(x, -110.0f), 90.0f));
+  return scale(1.0f + e.q, e.k);
+}
+
+// (n + n_low) / (1 + t) for t in [0, 1], where n_low is what the rounding of n lost: the quotient's own error is found
+// with FMAs and given back, which leaves little more than the last rounding.
+inline F divide_by_one_plus(F n, F n_low, F t) {
+  const F d = 1.0f + t;
+  const F d_low = t - (d - 1.0f);
+  const F reciprocal = 1.0f / d;
+  const F y = n * reciprocal;
+  const F rest = fma(-y, d_low, fma(-y, d, n)) + n_low;
+  return fma(rest, reciprocal, y);
+}
+
+// 1 / (1 + e^-x), as e^x / (1 + e^x) where x is negative: relative accuracy in the tail, no overflow.
+inline F sigmoid(F x) {
+  const Exponential e = exponential(at_least(-absolute(x), -130.0f));
+  const F p = 1.0f + e.q;
+  const I positive = x >= 0.0f;
+  const F y = divide_by_one_plus(positive ? broadcast(1.0f) : p, positive ? F{} : e.q - (p - 1.0f), scale(p, e.k));
+  return positive ? y : scale(y, e.k);
+}
+
+// x sigmoid(x). silu(-Inf) is NaN, as in torch, which computes -Inf / Inf.
+inline F silu(F x) {
+  const F v = at_least(-absolute(x), -130.0f);
+  const Exponential e = exponential(v);
+  const F product = fma(v, e.q, v);
+  const F product_low = fma(v, e.q, v - product);
+  const I positive = x >= 0.0f;
+  const F y = divide_by_one_plus(positive ? x : product, positive ? F{} : product_low, scale(1.0f + e.q, e.k));
+  const F result = positive ? y : scale(y, e.k);
+  // Past 130 the factor is 1 or rounds to 0; the division above would make NaN of +Inf and -0 of -Inf.
+  return absolute(x) > 130.0f ? (positive ? x : x * 0.0f) : result;
+}
+
+// Both operations IEEE, never the approximate instruction.
+inline F rsqrt(F x) { return 1.0f / square_root(x); }
+
+}  // namespace
+}  // namespace detinfer
