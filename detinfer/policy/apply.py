@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
@@ -44,6 +45,8 @@ class deterministic:
     open, on every thread; tracing and gradients belong to the thread that entered. Enter and leave while no other
     thread runs torch operations, since torch's operator table changes under them.
 
+    Functions made by torch.compile run uncompiled inside, if they were made before the block was entered.
+
     Raises UsageError for arguments that make no sense, and RefusedError at entry for scope ``tp`` and when subnormal
     numbers are flushed to zero (``torch.set_flush_denormal``), which changes bits.
     """
@@ -75,6 +78,7 @@ class deterministic:
             _check_subnormals()
             stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
             torch.set_grad_enabled(False)
+            stack.enter_context(_uncompiled())
             trace = None
             modules = ModuleStack()
             if self._policy.uncovered == "refuse":
@@ -103,6 +107,14 @@ class deterministic:
                 return function(*args, **kwargs)
 
         return cast(F, inside)
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Functions made by torch.compile run as they were written: compiled kernels pass by the overrides."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()  # nothing can have been compiled, and the import takes seconds
+    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 def _check_subnormals() -> None:

@@ -59,6 +59,12 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kinds: dict[Any, _Kind] = {}
         self._calls: dict[Any, int] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would wrap __torch_dispatch__ in a guard against compilation: seconds of imports at the first call and
+        # microseconds at each. ``deterministic`` keeps compiled code from running at all.
+        return False
+
     @property
     def counts(self) -> dict[Key, int]:
         """How often each operation was called on each combination of dtypes."""

@@ -64,7 +64,7 @@ class Fake:
         if not floats(x):
             return NotImplemented
         self.ran.append("linear")
-        return torch.from_numpy((values(x) @ values(w).T + np.float32(SHIFT))).to(x.dtype)
+        return torch.from_numpy(values(x) @ values(w).T + np.float32(SHIFT)).to(x.dtype)
 
     def prove(self, op: str, dtype: torch.dtype) -> Proof | Refused:
         """Note the proof; refuse the broken ones."""
@@ -75,7 +75,7 @@ class Fake:
         return Proof(f"{op} {dtype}", "fake", 3, "00")
 
 
-@pytest.fixture()
+@pytest.fixture
 def fake() -> Fake:
     """A fresh fake with families that cover rsqrt, mean.dim and linear."""
     fake = Fake()
