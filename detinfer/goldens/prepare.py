@@ -11,7 +11,7 @@ from detinfer import bits
 from detinfer.errors import UsageError
 from detinfer.goldens import tree
 from detinfer.goldens.runner import Request, module_requests
-from detinfer.models import targets
+from detinfer.models.prompts import prompts, read_prompts
 from detinfer.policy import Guarantee, Policy
 
 
@@ -26,19 +26,17 @@ def prepare(
         return requests, {**entry, "digest": _digest(entry)}
     if count < 1 or length < 1 or decode_steps < 0:
         raise UsageError("--n-prompts and --length are 1 or more, --decode-steps is 0 or more")
-    texts = None
-    if file is not None:
-        texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not texts:
-            raise UsageError(f"--prompts {file}: no prompt in it; write one a line")
-    prompts = targets.prompts(target, texts, count=count, length=length, seed=seed)
+    if file is None:
+        chosen = prompts(target, count=count, length=length, seed=seed)
+    else:
+        chosen = prompts(target, read_prompts(file), seed=seed)  # they keep their own lengths
     entry = {
         "seed": seed,
-        "prompts": [{"text": prompt.text, "tokens": list(prompt.tokens)} for prompt in prompts],
+        "prompts": [{"text": prompt.text, "tokens": list(prompt.tokens)} for prompt in chosen],
         "decode_steps": decode_steps,
         "requests": [],
     }
-    requests = [Request(tokens=tuple(prompt.tokens), steps=decode_steps + 1) for prompt in prompts]
+    requests = [Request(tokens=tuple(prompt.tokens), steps=decode_steps + 1) for prompt in chosen]
     return requests, {**entry, "digest": _digest(entry)}
 
 
