@@ -20,6 +20,7 @@ RANKS = {
     "bits": 1,
     "native": 2,
     "reference": 2,
+    "tensor_file": 2,
     "ops": 3,
     "policy": 4,
     "models": 5,

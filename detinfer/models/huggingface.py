@@ -59,7 +59,12 @@ def load(name: str, dtype: torch.dtype | None) -> Loaded:
     with quiet():
         try:
             module, report = library.AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                source,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # the report names them; the error would not
+                output_loading_info=True,
             )
         except Exception as error:
             raise TargetError(f"target {what} cannot be loaded: {_first_lines(error)}") from error

@@ -74,32 +74,34 @@ def prompts(
     target: Target,
     texts: Sequence[str] | None = None,
     count: int = COUNT,
-    length: int | None = None,
+    length: int = LENGTH,
     seed: int = 0,
 ) -> list[Prompt]:
     """The prompts of a language model.
 
-    Without ``texts``: ``count`` built-in ones, the first ``length`` (16) tokens of each; for a target without a
-    tokenizer, token ids drawn from a generator that ``seed`` starts. With ``texts``: all of them, whole, or their first
-    ``length`` tokens; for a target without a tokenizer each text is a row of token ids. Raises UsageError when a text
-    is too short, or there are too few.
+    Without ``texts``: ``count`` built-in ones, the first ``length`` tokens of each; for a target without a tokenizer,
+    token ids drawn from a generator that ``seed`` starts. With ``texts``: all of them, whole; for a target without a
+    tokenizer each text is a row of token ids. Raises UsageError when a built-in prompt is too short, there are too
+    few, or a text has no tokens.
     """
-    if count < 1:
-        raise UsageError(f"{count} prompts: at least one is needed")
-    if length is not None and length < 1:
-        raise UsageError(f"prompts of {length} tokens: at least one is needed")
     if texts is not None:
         if not texts:
             raise UsageError("no prompts were given")
-        return [_cut(Prompt(text, _tokens(target, text)), length) for text in texts]
-    length = LENGTH if length is None else length
+        return [Prompt(text, _tokens(target, text)) for text in texts]
+    if count < 1 or length < 1:
+        raise UsageError(f"{count} prompts of {length} tokens: at least one of one token is needed")
     if target.tokenizer is None:
         # Not torch's generator: its numbers depend on the version.
         draw = random.Random(seed)
         return [Prompt(None, tuple(draw.randrange(target.vocabulary) for _ in range(length))) for _ in range(count)]
     if count > len(DEFAULT_PROMPTS):
         raise UsageError(f"{count} prompts: {len(DEFAULT_PROMPTS)} are built in; give a file of your own for more")
-    return [_cut(Prompt(text, _tokens(target, text)), length) for text in DEFAULT_PROMPTS[:count]]
+    found = [Prompt(text, _tokens(target, text)[:length]) for text in DEFAULT_PROMPTS[:count]]
+    if (shortest := min(len(prompt.tokens) for prompt in found)) < length:
+        raise UsageError(
+            f"prompts of {length} tokens: the shortest built-in one has {shortest}; give a file of your own for more"
+        )
+    return found
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -131,14 +133,6 @@ def _tokens(target: Target, text: str) -> tuple[int, ...]:
                 f"prompt {_shown(text)}: token {token} is not among the {target.vocabulary} of {target.spec}"
             )
     return found
-
-
-def _cut(prompt: Prompt, length: int | None) -> Prompt:
-    if length is None:
-        return prompt
-    if len(prompt.tokens) < length:
-        raise UsageError(f"prompt {_shown(prompt.text or '')}: {len(prompt.tokens)} tokens, {length} are needed")
-    return Prompt(prompt.text, prompt.tokens[:length])
 
 
 def _shown(text: str) -> str:

@@ -21,6 +21,7 @@ from detinfer.errors import GoldenError, InfrastructureError, UnsupportedDtype, 
 from detinfer.goldens import manifest as manifests
 from detinfer.goldens.format import Golden, GoldenWriter
 from detinfer.goldens.manifest import Manifest
+from detinfer.policy import Accepted, Proof, Refused
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 
@@ -340,6 +341,17 @@ def test_a_manifest_is_canonical_json(tmp_path: Path) -> None:
     assert data.keys() == manifests.SHAPE.keys()
     edit(tmp_path / "g", lambda d: None, sealed=True)
     assert (tmp_path / "g" / "manifest.json").read_bytes() == raw
+
+
+def test_decisions_of_the_policy_have_their_place(tmp_path: Path) -> None:
+    proof = Proof("aten::linear float32", "reference.matmul", 9, "e" * 64)
+    decisions: list[dict[str, Any]] = [
+        {"op": "aten::linear", "dtypes": ["float32"]} | Accepted("aten::linear", "native", "proved", proof).to_json(),
+        {"op": "aten::view", "dtypes": ["float32"]} | Accepted("aten::view", "torch", "moves bytes").to_json(),
+        {"op": "aten::fft", "dtypes": []} | Refused("aten::fft", "torch", "nobody covers it").to_json(),
+    ]
+    GoldenWriter(tmp_path / "g").commit(make([], decisions=decisions))
+    assert Golden.read(tmp_path / "g").manifest.decisions == decisions
 
 
 @pytest.mark.parametrize(
