@@ -54,7 +54,7 @@ def covered() -> Mapping[str, Covered]:
 
 
 @functools.cache
-def ieee() -> frozenset[str]:
+def ieee_operations() -> frozenset[str]:
     """Operations that torch's own kernels compute with one IEEE rounding per element."""
     return frozenset(family("elementwise").IEEE)
 

@@ -49,7 +49,7 @@ class Families:
 @functools.cache
 def own() -> Families:
     """detinfer's own families."""
-    return Families(ops.covered(), ops.ieee(), proofs.prove, proofs.level)
+    return Families(ops.covered(), ops.ieee_operations(), proofs.prove, proofs.level)
 
 
 @functools.cache
