@@ -9,9 +9,6 @@ a cast: one IEEE rounding per element, and decided as such.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 
 _VIEWS = """
@@ -60,18 +57,19 @@ _READS = """
 """
 
 
-def _named(*tables: str) -> frozenset[str]:
+def named(*tables: str) -> frozenset[str]:
+    """The operations whose names stand in ``tables``, without their namespace and separated by blanks."""
     return frozenset("aten::" + word for table in tables for word in table.split())
 
 
-COPIES = _named(_VIEWS, _REINTERPRETED, _COPIES, _CONSTANTS, _READS)
+COPIES = named(_VIEWS, _REINTERPRETED, _COPIES, _CONSTANTS, _READS)
 """The operations of this module: accepted in every dtype as long as the dtype does not change on the way."""
 
 CAST = "aten::_to_copy"
 """The operation whose proof stands for every cast."""
 
-_ANY_DTYPES = _named(_READS, _REINTERPRETED)
-_CONVERTING = _named(
+_ANY_DTYPES = named(_READS, _REINTERPRETED)
+_CONVERTING = named(
     "_to_copy _to_copy.out copy_ copy fill.Tensor fill_.Tensor cat cat.out stack stack.out _stack where.self "
     "where.self_out"
 )
@@ -89,37 +87,3 @@ def casts(op: str, dtypes: tuple[torch.dtype, ...]) -> bool:
         data = {d for d in dtypes if not (op.startswith("aten::where") and d is torch.bool)}
         return len(data) > 1
     return len({d for d in dtypes if d.is_floating_point or d.is_complex}) > 1
-
-
-_ACCUMULATES = {"aten::index_put": 3, "aten::index_put_": 3, "aten::_index_put_impl_": 3, "aten::_unsafe_index_put": 3}
-_ACCUMULATES |= {"aten::index_put.out": 3, "aten::put": 3, "aten::put_": 3}
-ARANGE = _named("arange arange.start arange.start_step arange.out arange.start_out")
-_EXACT_UP_TO = {torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}
-
-SUMS = "accumulate"
-WHOLE_STEPS = "whole steps"
-
-
-def variant(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What the arguments' values (not their dtypes) change about a decision; empty for almost every call.
-
-    ``accumulate``: an ``index_put`` that adds. ``whole steps``: an ``arange`` over integers that its dtype holds
-    exactly, whose result is therefore the same however it is computed.
-    """
-    if op in ARANGE:
-        out = kwargs.get("out")
-        dtype = kwargs.get("dtype") or (out.dtype if out is not None else torch.get_default_dtype())
-        limit = _EXACT_UP_TO.get(dtype, 0)
-        numbers = [float(a) for a in args if isinstance(a, int | float)]
-        return WHOLE_STEPS if all(n.is_integer() and abs(n) <= limit for n in numbers) else ""
-    place = _ACCUMULATES.get(op)
-    if place is None:
-        return ""
-    adds = kwargs.get("accumulate", args[place] if len(args) > place else False)
-    return SUMS if adds else ""
-
-
-def varies() -> Iterator[str]:
-    """The operations for which ``variant`` can be other than empty."""
-    yield from ARANGE
-    yield from _ACCUMULATES

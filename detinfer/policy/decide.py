@@ -21,17 +21,15 @@ from dataclasses import dataclass
 import torch
 
 from detinfer.policy import refusals
-from detinfer.policy.copies import ARANGE, CAST, COPIES, SUMS, WHOLE_STEPS, casts
+from detinfer.policy.copies import CAST, COPIES, casts
 from detinfer.policy.policy import Accepted, Decision, Policy, Proof, Refused
+from detinfer.policy.variants import ARANGE, SCALED, SUMS, WHOLE_STEPS
 
 TORCH = "torch"
 """The path of torch's own kernels."""
 
 MOVES = "moves bytes and computes nothing"
 """The reason for copies."""
-
-FROM_INTEGERS = "from integers"
-"""The variant of a call whose tensors are all integers (or absent) and whose result is floating point."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Known:
 def decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Known, *, variant: str = "") -> Decision:
     """The decision for ``op`` on arguments of ``dtypes`` (with the dtype that the result was asked for, if any).
 
-    ``variant`` is ``copies.variant`` of the arguments. Calls nothing but ``known``; raises nothing.
+    ``variant`` is ``variants.variant`` of the arguments. Calls nothing but ``known``; raises nothing.
     """
     decision = _decide(policy, op, dtypes, known, variant)
     if isinstance(decision, Accepted) and policy.guarantee.place == "portable" and not decision.portable:
@@ -78,8 +76,6 @@ def _decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Kno
     floating = tuple(d for d in dtypes if d.is_floating_point or d.is_complex)
     family = known.covered.get(op)
     if family is not None and floating:
-        if variant == FROM_INTEGERS:  # the family leaves integer operands to torch, which then makes floats of them
-            return Refused(op, TORCH, refusals.FROM_INTEGERS)
         return _proved(op, family.op, family.path, "canonical order", floating, known)
     if known.random(op):
         return Refused(op, TORCH, refusals.random(op))
@@ -91,6 +87,8 @@ def _decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Kno
         return _proved(op, CAST, TORCH, "a cast, one rounding per element", floating, known)
     if op in ARANGE and variant == WHOLE_STEPS:
         return Accepted(op, TORCH, "whole numbers that its dtype holds exactly", portable=True)
+    if op in known.ieee and variant == SCALED:
+        return Refused(op, TORCH, refusals.SCALED)
     if op in known.ieee:
         return _proved(op, known.ieee[op], TORCH, "one IEEE rounding per element", floating, known)
     return Refused(op, TORCH, refusals.reason(op))

@@ -1,7 +1,7 @@
 """Covered operations put in the place of torch's CPU kernels, for the whole process, until they are taken out.
 
 One ``torch.library.Library`` holds them all. An override proves its path before the first call of each dtype, and
-hands a call whose tensors are all integers to the kernel that it stands in front of.
+hands a call that its function does not take (its tensors are all integers) to the kernel that it stands in front of.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from detinfer.policy.decide import decide
 from detinfer.policy.families import Families
 from detinfer.policy.overloads import adapt, forms
 from detinfer.policy.policy import Accepted
-from detinfer.policy.refusals import message
+from detinfer.policy.refusals import FROM_INTEGERS, message
 from detinfer.policy.state import STATE
 
 
@@ -65,6 +65,11 @@ def _override(name: str, function: Callable[..., Any], original: Any, families: 
                 return original.call_boxed(keys, *args, **kwargs)
         result = function(*args, **kwargs)
         if result is NotImplemented:
+            result = original.call_boxed(keys, *args, **kwargs)
+            if isinstance(result, Tensor) and result.dtype not in done:
+                settle_integers(result.dtype, done)
+        elif isinstance(result, Tensor) and result.dtype not in done and not settle(result.dtype, done):
+            # The function made floating point of integers, but the policy sends that dtype to torch's own kernel.
             return original.call_boxed(keys, *args, **kwargs)
         return result
 
@@ -78,5 +83,13 @@ def _override(name: str, function: Callable[..., Any], original: Any, families: 
                 return False
         done.add(dtype)
         return True
+
+    def settle_integers(dtype: torch.dtype, done: set[torch.dtype]) -> None:
+        """Integers in: torch's kernel is exact, unless it made floating point of them."""
+        if dtype.is_floating_point or dtype.is_complex:
+            if name not in STATE.policy().allow:
+                raise RefusedError(message(f"{name} on integers", FROM_INTEGERS))
+        else:
+            done.add(dtype)
 
     return call

@@ -101,6 +101,8 @@ def dtype(dtypes: Sequence[torch.dtype]) -> str:
     return f"{names} has no canonical order on CPU: convert to float32, bfloat16 or float16 first"
 
 
+SCALED = "torch fuses alpha * other into the sum on some machines and not on others: multiply first, then add"
+
 FROM_INTEGERS = "it makes floating point of integers on a path that no proof covers: convert its input first"
 
 TENSOR_PARALLEL = "scope 'tp' is not built in this version: use scope 'batch' on one process"

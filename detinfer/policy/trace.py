@@ -7,7 +7,7 @@ microseconds per call, so a sweep that was traced once may run its later trials 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detinfer.bits import dtype_name
 from detinfer.errors import RefusedError
 from detinfer.policy.calls import Call, cooked, raw
-from detinfer.policy.copies import variant, varies
-from detinfer.policy.decide import FROM_INTEGERS, Known, decide
+from detinfer.policy.decide import Known, decide
 from detinfer.policy.policy import Decision, Policy, Refused
 from detinfer.policy.refusals import ON_CPU, message
+from detinfer.policy.variants import VARIES, variant
 
 Key = tuple[str, tuple[torch.dtype, ...]]
 """An operation and the dtypes of its tensors (and of the result, where one was asked for), each once."""
@@ -36,11 +36,21 @@ class _Kind:
 
     key: Key
     decision: Decision
+    refused: bool
     reduces: bool
     decomposes: bool
     exact: bool
     variant: str
     count: int = 0
+
+
+@dataclass
+class _Operation:
+    """One operation and what is decided about it, by variant and dtypes."""
+
+    name: str
+    varies: bool
+    kinds: dict[Any, _Kind] = field(default_factory=dict)
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -55,8 +65,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.decisions: dict[Key, Decision] = {}
         self.suspended = 0
         self._policy, self._known, self._where, self._on_call = policy, known, where, on_call
-        self._operations: dict[Any, tuple[str, bool]] = {}
-        self._kinds: dict[Any, _Kind] = {}
+        self._operations: dict[Any, _Operation] = {}
         self._calls: dict[Any, int] = {}
 
     @classmethod
@@ -69,7 +78,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def counts(self) -> dict[Key, int]:
         """How often each operation was called on each combination of dtypes."""
         counts: dict[Key, int] = {}
-        for kind in self._kinds.values():
+        for kind in (kind for operation in self._operations.values() for kind in operation.kinds.values()):
             if kind.count:
                 counts[kind.key] = counts.get(kind.key, 0) + kind.count
         return counts
@@ -96,66 +105,63 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if odd[0].is_meta:
                 return func(*args, **kwargs)
             raise RefusedError(message(func.name(), ON_CPU.format(what=_place(odd[0])), self._where()))
-        name, changes = self._operations.get(func) or self._note(func)
-        what = variant(name, args, kwargs) if changes else ""
-        kind = self._kinds.get((func, what, *wanted, None, *dtypes))
-        if kind is None:
-            kind = self._decide(func, what, wanted, dtypes)
+        operation = self._operations.get(func)
+        if operation is None:
+            name = func.name()
+            operation = self._operations[func] = _Operation(name, name in VARIES)
+        what = variant(operation.name, args, kwargs) if operation.varies else ""
+        key = (what, *wanted, None, *dtypes)
+        kind = operation.kinds.get(key) or self._decide(func, operation, key, what, wanted, dtypes)
         if kind.decomposes:
             with self:
                 return func.decompose(*args, **kwargs)
-        if isinstance(kind.decision, Refused):
+        if kind.refused:
             raise self._refusal(kind)
         if self._on_call is not None:
-            self._on_call(name, args, kwargs, kind.decision)
+            self._on_call(operation.name, args, kwargs, kind.decision)
         kind.count += 1
         if kind.reduces:
-            call = (name, raw(args), tuple(kwargs), raw(tuple(kwargs.values())))
+            call = (operation.name, raw(args), tuple(kwargs), raw(tuple(kwargs.values())))
             self._calls[call] = self._calls.get(call, 0) + 1
         result = func(*args, **kwargs)
         if kind.exact:
-            self._check_result(func, kind, result)
+            self._check_result(func, operation, kind, result)
         return result
 
-    def _note(self, func: Any) -> tuple[str, bool]:
-        name = func.name()
-        self._operations[func] = found = (name, name in _VARIES)
-        return found
-
     def _decide(
-        self, func: Any, what: str, wanted: list[torch.dtype], operands: dict[torch.dtype, None], key: Any = None
+        self,
+        func: Any,
+        operation: _Operation,
+        key: Any,
+        what: str,
+        wanted: Iterable[torch.dtype],
+        operands: Iterable[torch.dtype],
     ) -> _Kind:
-        name = func.name()
-        dtypes = tuple(dict.fromkeys((*operands, *wanted)))
-        from_integers = any(map(_floating, wanted)) and not any(map(_floating, operands))
-        decision = decide(
-            self._policy, name, dtypes, self._known, variant=what or (FROM_INTEGERS if from_integers else "")
-        )
+        name, dtypes = operation.name, tuple(dict.fromkeys((*operands, *wanted)))
+        decision = decide(self._policy, name, dtypes, self._known, variant=what)
         family = self._known.covered.get(name)
-        refused = isinstance(decision, Refused)
-        decomposes = refused and family is None and _is_composite(func)
-        if not decomposes:
-            self.decisions[name, dtypes] = decision
-        kind = _Kind(
+        refused, floating = isinstance(decision, Refused), any(map(_floating, dtypes))
+        operation.kinds[key] = kind = _Kind(
             key=(name, dtypes),
             decision=decision,
-            reduces=family is not None and family.reduces and any(map(_floating, dtypes)),
-            decomposes=decomposes,
-            exact=not refused and not any(map(_floating, dtypes)),
+            refused=refused,
+            reduces=family is not None and family.reduces and floating,
+            decomposes=refused and family is None and _is_composite(func),
+            exact=not refused and not floating,
             variant=what,
         )
-        self._kinds[(func, what, *wanted, None, *operands) if key is None else key] = kind
+        if not kind.decomposes:
+            self.decisions[kind.key] = decision
         return kind
 
-    def _check_result(self, func: Any, kind: _Kind, result: Any) -> None:
+    def _check_result(self, func: Any, operation: _Operation, kind: _Kind, result: Any) -> None:
         """Integers in, floating point out: another question, whose answer depends on the result's dtype."""
         if not isinstance(result, Tensor) or not _floating(result.dtype):
             return
-        key = (func, kind.variant, FROM_INTEGERS, result.dtype, *kind.key[1])
-        found = self._kinds.get(key)
-        if found is None:
-            found = self._decide(func, kind.variant, [result.dtype], dict.fromkeys(kind.key[1]), key)
-        if isinstance(found.decision, Refused):
+        dtypes = kind.key[1]
+        key = (kind.variant, "result", result.dtype, *dtypes)
+        found = operation.kinds.get(key) or self._decide(func, operation, key, kind.variant, [result.dtype], dtypes)
+        if found.refused:
             raise self._refusal(found)
 
     def _refusal(self, kind: _Kind) -> RefusedError:
@@ -164,7 +170,6 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return RefusedError(message(op + on, kind.decision.reason, self._where()))
 
 
-_VARIES = frozenset(varies())
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.device, torch.layout, torch.memory_format})
 
 

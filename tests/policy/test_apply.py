@@ -156,8 +156,27 @@ def test_integers_go_to_torchs_kernels(fake: Any) -> None:
         assert torch.nn.functional.linear(x, w).tolist() == [[11, 17]]
     with deterministic("batch", uncovered="trust", families=fake.families):
         assert torch.nn.functional.linear(x, w).tolist() == [[11, 17]]
+        with pytest.raises(RefusedError, match="of integers"):  # its sum would be exact, but this makes fractions
+            torch.rsqrt(torch.tensor([4, 16]))
+    with deterministic(Policy(allow=("aten::rsqrt",), uncovered="trust"), families=fake.families):
         assert torch.rsqrt(torch.tensor([4, 16])).tolist() == [0.5, 0.25]
     assert fake.ran == []
+
+
+def test_a_function_may_make_floating_point_of_integers(fake: Any) -> None:
+    """Then the dtype of its result is what has to be proved."""
+    table = {"aten::rsqrt": Covered("aten::rsqrt", "fake", lambda x: fake.rsqrt(x.to(torch.float32)), False)}
+    families = Families(table, frozenset(), fake.prove, lambda: b"")
+    whole = torch.tensor([[4, 16]])
+    for uncovered in ("refuse", "trust"):
+        with deterministic("batch", uncovered=uncovered, families=families):
+            assert shifted(torch.rsqrt(whole))
+    assert set(fake.proved) == {("aten::rsqrt", torch.float32)}
+    fake.broken.add("aten::rsqrt")
+    families = Families(table, frozenset(), fake.prove, lambda: b"")
+    for uncovered in ("refuse", "trust"):
+        with deterministic("batch", uncovered=uncovered, families=families), pytest.raises(RefusedError, match="row 0"):
+            torch.rsqrt(whole)
 
 
 def test_proofs_are_made_before_the_first_use_and_not_again(fake: Any) -> None:

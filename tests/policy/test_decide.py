@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from detinfer.errors import UsageError
-from detinfer.policy.copies import COPIES, SUMS, WHOLE_STEPS, casts, variant, varies
-from detinfer.policy.decide import FROM_INTEGERS, Family, Known, decide
+from detinfer.policy.copies import COPIES, casts
+from detinfer.policy.decide import Family, Known, decide
 from detinfer.policy.policy import Accepted, Guarantee, Policy, Proof, Refused
+from detinfer.policy.variants import SCALED, SUMS, VARIES, WHOLE_STEPS, variant
 
 f32, bf16, f16, f64, i64, boolean = (
     torch.float32,
@@ -51,7 +52,7 @@ TABLE = [
     ("aten::gelu", (f32, bf16), "", None, "row 3 differs", None),
     ("aten::mean.dim", (f64,), "", None, "float64 has no canonical order", None),
     ("aten::mean.dim", (torch.complex64,), "", None, "complex64 has no canonical order", None),
-    ("aten::mean.dim", (i64, f32), FROM_INTEGERS, None, "of integers", None),
+    ("aten::mean.dim", (i64, f32), "", "csrc/rows", "canonical order", "aten::mean.dim"),
     ("aten::rand", (f32,), "", None, "random numbers", None),
     ("aten::randint", (i64,), "", None, "random numbers", None),
     ("aten::sum", (i64,), "", "torch", "exact in any order", None),
@@ -71,6 +72,8 @@ TABLE = [
     ("aten::_to_copy", (f64, f32), "", None, "float64 has no canonical order", None),
     ("aten::view.dtype", (f32, i64), "", "torch", "moves bytes", None),
     ("aten::add.Tensor", (f32,), "", "torch", "one IEEE rounding", "aten::add.Tensor"),
+    ("aten::add.Tensor", (f32,), SCALED, None, "multiply first", None),
+    ("aten::add.Tensor", (i64,), SCALED, "torch", "exact in any order", None),
     ("aten::arange", (f32,), WHOLE_STEPS, "torch", "whole numbers", None),
     ("aten::arange", (f32,), "", None, "no whole number", None),
     ("aten::index_put_", (f32, i64), "", "torch", "moves bytes", None),
@@ -168,7 +171,7 @@ def test_every_copy_exists_in_torch() -> None:
     """No name of the list is misspelled: a misspelled one would refuse its operation."""
     names = set(torch._C._dispatch_get_all_op_names())
     assert sorted(set(COPIES) - names) == []
-    assert sorted(set(varies()) - names) == []
+    assert sorted(VARIES - names) == []
 
 
 def test_no_copy_computes() -> None:
@@ -212,6 +215,10 @@ def test_variants_read_the_arguments() -> None:
     assert variant("aten::index_put", (0, [1], 2, True), {}) == SUMS
     assert variant("aten::index_put_", (0, [1], 2), {"accumulate": True}) == SUMS
     assert variant("aten::index_put_", (0, [1], 2, False), {}) == ""
+    assert variant("aten::add.Tensor", (0, 1), {}) == ""
+    assert variant("aten::add.Tensor", (0, 1), {"alpha": 1}) == ""
+    assert variant("aten::add_.Tensor", (0, 1), {"alpha": 2}) == SCALED
+    assert variant("aten::sub.Scalar", (0, 1, 0.5), {}) == SCALED
     assert variant("aten::arange", (5.0,), {}) == WHOLE_STEPS
     assert variant("aten::arange.start_step", (0, 1, 0.1), {}) == ""
     assert variant("aten::arange", (257,), {"dtype": bf16}) == ""

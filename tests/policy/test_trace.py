@@ -132,6 +132,9 @@ def test_values_that_change_the_decision(fake: Any) -> None:
         with pytest.raises(RefusedError, match="adds where its indices point"):
             X.index_put(index, X, accumulate=True)
         X.index_put(index, X)
+        torch.add(X, X, alpha=1)
+        with pytest.raises(RefusedError, match="multiply first"):
+            torch.add(X, X, alpha=2)
         torch.ones(2, 2, dtype=i64).index_put(index, torch.ones(2, 2, dtype=i64), accumulate=True)
 
 
