@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,3 +111,12 @@ def test_a_missing_key_is_named() -> None:
         Environment.from_json(data, "manifest.json: environment")
     with pytest.raises(GoldenError, match="expected an object"):
         Environment.from_json([])
+
+
+def test_the_page_on_goldens_names_every_field() -> None:
+    page = (Path(__file__).parents[1] / "docs/concepts/goldens.md").read_text(encoding="utf-8")
+    listed = page[page.index("## What makes a golden stale") :]
+    table = set(re.findall(r"`([a-z_]+)`", "".join(line for line in listed.splitlines() if line.startswith("| `"))))
+    assert set(STALE_FIELDS) <= table <= set(STALE_FIELDS) | {name.lower() for name in environment.VARIABLES}
+    rest = {field.name for field in fields(Environment)} - set(STALE_FIELDS)
+    assert rest <= set(re.findall(r"`([a-z_]+)`", listed))
