@@ -44,7 +44,9 @@ def destination(path: Path, overwrite: bool, marker: str, own: re.Pattern[str]) 
         if foreign:
             raise UsageError(f"{path}: holds {foreign[0]}, which is no part of a golden: move it away first")
         if not overwrite:
-            raise UsageError(f"{path}: a golden is there already; choose another path, or replace it with --force (overwrite=True)")
+            raise UsageError(
+                f"{path}: a golden is there already; choose another path, or replace it with --force (overwrite=True)"
+            )
     return path
 
 

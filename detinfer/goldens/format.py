@@ -53,6 +53,7 @@ class GoldenWriter:
         self._waiting_bytes = 0
         self._files: list[dict[str, Any]] = []
 
+    @bits.unseen
     def add(self, t: torch.Tensor, store: bool) -> str:
         """Take note of a tensor and return its digest; its values are kept (copied) only where ``store`` is set."""
         name = bits.digest(t)
@@ -164,6 +165,7 @@ class Golden:
             problem = "is missing from the files" if name in wanted else "is in the files and not in the manifest"
             raise GoldenError(f"{self.path}: the tensor {name} {problem}")
 
+    @bits.unseen
     def tensor(self, digest: str, verify: bool = True) -> torch.Tensor | None:
         """The tensor of a digest, a copy of its own; None when the golden holds its row digests alone.
 
@@ -177,6 +179,7 @@ class Golden:
             raise GoldenError(f"{file}: the tensor {digest} does not match its digest: the file has changed")
         return found
 
+    @bits.unseen
     def row_digests(self, digest: str) -> torch.Tensor:
         """Row digests of a tensor, uint8 [rows, 8], as ``bits.row_digests`` gives them."""
         entry = self._entry(digest)

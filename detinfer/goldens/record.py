@@ -11,6 +11,7 @@ import detinfer
 from detinfer import bits, environment
 from detinfer.errors import Diverged, TargetError
 from detinfer.goldens import tree
+from detinfer.goldens.aside import aside
 from detinfer.goldens.capture import Call, Skipped
 from detinfer.goldens.collect import WHOLE, Collected, Shape, collect, nonfinite, phase, shapes
 from detinfer.goldens.format import GoldenWriter
@@ -139,6 +140,7 @@ def _check_finite(found: Collected) -> None:
                 )
 
 
+@aside
 def _check_same(first: Collected, other: Collected, number: int) -> None:
     for key, calls in first.calls.items():
         for name, call in calls.items():

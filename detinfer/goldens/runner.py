@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from detinfer.errors import TargetError
 from detinfer.goldens import tree
+from detinfer.goldens.aside import aside
 from detinfer.goldens.tree import Node
 
 Around = Callable[[int], AbstractContextManager[Any]]
@@ -52,13 +52,13 @@ class Request:
         return (repr(shapes), repr(values))
 
 
+@aside
 def greedy(logits: torch.Tensor) -> torch.Tensor:
     """The token of the largest logit at the last position, ties to the lower id: [B, S, V] -> int64 [B]."""
-    with _disable_current_modes():  # choosing a token is no operation of the model
-        last = logits[:, -1, :].float()
-        best = last.amax(dim=-1, keepdim=True)
-        ids = torch.arange(last.shape[-1], device=last.device)
-        return torch.where(last == best, ids, last.shape[-1]).amin(dim=-1)
+    last = logits[:, -1, :].float()
+    best = last.amax(dim=-1, keepdim=True)
+    ids = torch.arange(last.shape[-1], device=last.device)
+    return torch.where(last == best, ids, last.shape[-1]).amin(dim=-1)
 
 
 def run(target: Target, batch: Sequence[Request], around: Around | None = None) -> list[Node]:

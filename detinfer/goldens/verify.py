@@ -12,6 +12,7 @@ import torch
 from detinfer import bits, environment
 from detinfer.errors import GoldenError, UsageError
 from detinfer.goldens import stress_inputs, tree
+from detinfer.goldens.aside import aside
 from detinfer.goldens.capture import Call
 from detinfer.goldens.collect import WHOLE, collect
 from detinfer.goldens.compare import by_digests, compare
@@ -203,7 +204,7 @@ def _load_inputs(
         for call in entry["calls"] if unit is not None else ():
             assert unit is not None
             key = (call["request"], call["step"])
-            node = tree.map_tensors(call["arguments"], lambda _, digest: golden.tensor(digest))
+            node = tree.map_tensors(call["arguments"], lambda _, digest: _stored(golden, digest))
             if all(tensor is not None for _, tensor in tree.tensors(node)):
                 unit.arguments[key] = node
             else:
@@ -261,13 +262,19 @@ def _judge_golden(
     return found
 
 
+@aside
+def _stored(golden: Golden, digest: str) -> torch.Tensor | None:
+    return golden.tensor(digest)
+
+
+@aside
 def _same_digests(node: Node, wanted: Node) -> bool:
     return tree.map_tensors(node, lambda _, tensor: bits.digest(tensor)) == wanted
 
 
 def _against_file(golden: Golden, node: Node, wanted: Node, found: Comparison) -> Any:
     """Count the rows of one call against the file; (Rows, Difference) of a mismatch, else None."""
-    stored = tree.map_tensors(wanted, lambda _, digest: golden.tensor(digest))
+    stored = tree.map_tensors(wanted, lambda _, digest: _stored(golden, digest))
     if all(tensor is not None for _, tensor in tree.tensors(stored)):
         rows = compare(node, stored)
         found.rows_compared += rows.compared
