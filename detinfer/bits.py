@@ -10,17 +10,23 @@ threads for a comparison costs more than the comparison.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from detinfer.errors import UnsupportedDtype
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ROW_DIGEST_BYTES = 8
 
@@ -61,6 +67,19 @@ class Mismatch:
         return f"row {self.row}, element {self.element}: {got}, expected {expected}{apart}"
 
 
+def unseen(function: Callable[P, R]) -> Callable[P, R]:
+    """Run ``function`` past every dispatch mode: looking at a tensor is no operation of the model under a policy."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _get_current_dispatch_mode() is None:
+            return function(*args, **kwargs)
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Name of a dtype without its module: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
@@ -97,6 +116,7 @@ def _stored(t: torch.Tensor) -> NDArray[np.uint8]:
     return _little_endian(_flat_bytes(t), t.dtype)
 
 
+@unseen
 def as_bytes(t: torch.Tensor) -> bytes:
     """The elements' bytes, little-endian, in row-major order: any dtype, shape, strides and device.
 
@@ -105,11 +125,13 @@ def as_bytes(t: torch.Tensor) -> bytes:
     return _stored(t).tobytes()
 
 
+@unseen
 def as_memory(t: torch.Tensor) -> memoryview:
     """The bytes of ``as_bytes`` without a copy where the tensor is contiguous on CPU: it must not change meanwhile."""
     return _stored(t).data
 
 
+@unseen
 def digest(t: torch.Tensor) -> str:
     """SHA-256, in hex, of ``<dtype>[<shape, comma-separated>]`` + newline, then the tensor's bytes.
 
@@ -121,6 +143,7 @@ def digest(t: torch.Tensor) -> str:
     return whole.hexdigest()
 
 
+@unseen
 def row_digests(t: torch.Tensor, ndim_rows: int = 1) -> torch.Tensor:
     """blake2b of 8 bytes of each row's bytes: uint8 [rows, 8], on CPU.
 
@@ -161,17 +184,20 @@ def _equal(a: torch.Tensor, b: torch.Tensor, count: int, elements: int) -> NDArr
     return same
 
 
+@unseen
 def rows_equal(a: torch.Tensor, b: torch.Tensor, ndim_rows: int = 1) -> torch.Tensor:
     """bool [rows], on CPU: which rows have the same bytes. ValueError if dtypes or shapes differ."""
     rows, elements = rows_of(a.shape, ndim_rows)
     return torch.from_numpy(_equal(a, b, rows, elements))
 
 
+@unseen
 def count_mismatches(a: torch.Tensor, b: torch.Tensor) -> int:
     """Number of elements whose bytes differ. ValueError if dtypes or shapes differ."""
     return int(np.count_nonzero(~_equal(a, b, a.numel(), 1)))
 
 
+@unseen
 def first_mismatch(got: torch.Tensor, expected: torch.Tensor) -> Mismatch | None:
     """The first element whose bytes differ; None if all are the same. ValueError if dtypes or shapes differ."""
     differs = ~_equal(got, expected, got.numel(), 1)
@@ -190,6 +216,7 @@ def _hex(element: torch.Tensor) -> str:
     return "0x" + as_bytes(element)[::-1].hex()
 
 
+@unseen
 def ulp_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """int64, of the tensors' shape: how many representable values apart two elements are; -1 where either is NaN.
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detinfer import bits
 from detinfer.errors import UnsupportedDtype
@@ -183,6 +186,32 @@ def test_ulp_distance_of_tensors_and_other_dtypes() -> None:
     found = bits.first_mismatch(torch.tensor([1, 2]), torch.tensor([1, 3]))
     assert found is not None
     assert (found.got_value, found.expected_value, found.ulp) == (2, 3, None)
+
+
+class Refuse(TorchDispatchMode):
+    """Refuses every operation, as a policy refuses those that nobody covers."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"seen: {op}")
+
+
+def test_looking_is_no_operation_of_the_model() -> None:
+    a, b = draw((3, 5), torch.bfloat16, 1), draw((3, 5), torch.bfloat16, 2)
+    functions: list[Callable[[], Any]] = [
+        lambda: bits.as_bytes(a),
+        lambda: bits.digest(a),
+        lambda: bits.row_digests(a),
+        lambda: bits.rows_equal(a, b),
+        lambda: bits.count_mismatches(a, b),
+        lambda: bits.first_mismatch(a, b),
+        lambda: bits.ulp_distance(a, b),
+    ]
+    wanted = [repr(function()) for function in functions]
+    with Refuse():
+        found = [function() for function in functions]
+        with pytest.raises(AssertionError, match="seen"):
+            a.t()
+    assert [repr(value) for value in found] == wanted
 
 
 def test_a_mismatch_reads_as_a_sentence() -> None:
