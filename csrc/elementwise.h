@@ -36,7 +36,7 @@ struct ElementwiseArgs {
   const void* x;
   const void* y;
   void* out;
-  double a, b;  // rounded to fp32 before use
+  double a, b;  // rounded to fp32 before use, by kPow then to `dtype`
 };
 
 }  // namespace detinfer

@@ -21,8 +21,7 @@ struct RowsArgs {
   int32_t stat_dtype;     // DType of mean and rstd
   int32_t weight_mode;    // WeightMode
   int32_t residual_mode;  // ResidualMode
-  int64_t rows, n;
-  int64_t stride;  // elements from one row of x to the next; every other tensor is contiguous
+  int64_t rows, n;        // every tensor is contiguous
   const void* x;
   const void* residual;  // null: no residual
   const void* weight;    // n elements, or null: factor 1

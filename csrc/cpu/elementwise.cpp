@@ -115,7 +115,10 @@ template <DType T, int op> void binary_body(int64_t begin, int64_t end, void* co
   const S* x = static_cast<const S*>(args.x);
   const S* y = static_cast<const S*>(args.y);
   S* out = static_cast<S*>(args.out);
-  const float a = static_cast<float>(args.a), b = static_cast<float>(args.b);
+  float a = static_cast<float>(args.a);
+  const float b = static_cast<float>(args.b);
+  if (op == kPow && T == kBFloat16) a = bfloat16_to_float(float_to_bfloat16(a));
+  if (op == kPow && T == kFloat16) a = float16_to_float(float_to_float16(a));
   const bool square = op == kPow && y == nullptr && a == 2.0f;
   each_vector(begin, end, [=](int64_t i, int count) {
     const auto take = [=](const S* p, float otherwise) {

@@ -69,7 +69,7 @@ template <class Term> inline float sum_of_squares(int64_t n, const Term& term) {
 }
 
 template <DType T> void reduce_row(const RowsArgs& args, int64_t row) {
-  const Element<T>* x = static_cast<const Element<T>*>(args.x) + row * args.stride;
+  const Element<T>* x = static_cast<const Element<T>*>(args.x) + row * args.n;
   // The sum of no terms is +0, as in torch.
   const float sum = args.n == 0 ? 0.0f : sum_of(args.n, [=](int64_t i, int count) { return take<T>(x + i, count, -0.0f); });
   put_one(args.out, args.out_dtype, row, args.op == kMean ? sum / static_cast<float>(args.n) : sum);
@@ -88,10 +88,10 @@ template <DType T> float greatest(const Element<T>* x, int64_t n) {
   return most;
 }
 
-// `kept` holds n floats: the row of `out` itself where that is fp32.
+// The exponentials are kept in `scratch`, or in the row of `out` itself where that is fp32.
 template <DType T, DType O> void softmax_row(const RowsArgs& args, int64_t row, float* scratch) {
   const int64_t n = args.n;
-  const Element<T>* x = static_cast<const Element<T>*>(args.x) + row * args.stride;
+  const Element<T>* x = static_cast<const Element<T>*>(args.x) + row * args.n;
   Element<O>* out = static_cast<Element<O>*>(args.out) + row * n;
   float* kept = scratch;
   if constexpr (O == kFloat32) kept = out;
@@ -106,7 +106,7 @@ template <DType T, DType O> void softmax_row(const RowsArgs& args, int64_t row, 
 
 template <DType T, DType O> void log_softmax_row(const RowsArgs& args, int64_t row) {
   const int64_t n = args.n;
-  const Element<T>* x = static_cast<const Element<T>*>(args.x) + row * args.stride;
+  const Element<T>* x = static_cast<const Element<T>*>(args.x) + row * args.n;
   Element<O>* out = static_cast<Element<O>*>(args.out) + row * n;
   const F most = broadcast(greatest<T>(x, n));
   const F sum = broadcast(
@@ -139,7 +139,7 @@ void rms_norm_row(const RowsArgs& args, int64_t row, const float* weight, const 
 
 template <DType T> void rms_norm(const RowsArgs& args, int64_t row, const float* weight) {
   const int64_t n = args.n;
-  const Element<T>* x = static_cast<const Element<T>*>(args.x) + row * args.stride;
+  const Element<T>* x = static_cast<const Element<T>*>(args.x) + row * args.n;
   const auto plain = [=](int64_t i, int count) { return take<T>(x + i, count, 0.0f); };
   if (args.residual == nullptr) return rms_norm_row<T>(args, row, weight, plain);
   const Element<T>* residual = static_cast<const Element<T>*>(args.residual) + row * n;
@@ -152,7 +152,7 @@ template <DType T> void rms_norm(const RowsArgs& args, int64_t row, const float*
 
 template <DType T> void layer_norm(const RowsArgs& args, int64_t row, const float* weight, const float* bias) {
   const int64_t n = args.n;
-  const Element<T>* x = static_cast<const Element<T>*>(args.x) + row * args.stride;
+  const Element<T>* x = static_cast<const Element<T>*>(args.x) + row * args.n;
   Element<T>* out = static_cast<Element<T>*>(args.out) + row * n;
   const float mean = sum_of(n, [=](int64_t i, int count) { return take<T>(x + i, count, -0.0f); }) / static_cast<float>(n);
   // Lanes past the end are the mean itself: their deviation is 0.

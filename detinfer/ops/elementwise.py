@@ -1,0 +1,242 @@
+"""Elementwise functions on CPU: an element's bits depend on its value, not on where in the tensor it lies.
+
+The functions are those of ``detinfer/reference/elementwise.py``, at most 2 ULP (of fp32) from the true value. Inputs
+and results are fp32, bf16 or fp16; values are widened to fp32, computed, rounded once to fp32 and once to the dtype.
+Integer tensors are converted to torch's default dtype first, as torch does, except by functions that torch defines for
+floating point alone. float64 and complex raise UnsupportedDtype.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from detinfer import native
+from detinfer.ops.evidence import WIDTHS, Evidence, every_exponent, from_values, to_values
+from detinfer.ops.ieee import IEEE, prove_ieee
+from detinfer.reference import elementwise as reference
+
+__all__ = ["COVERED", "IEEE", "REDUCES", "add_scaled", "prove", "prove_ieee"]
+
+Scalar = bool | int | float
+
+# The numbers of csrc/elementwise.h.
+OPS = {
+    name: i
+    for i, name in enumerate(
+        "silu gelu gelu_tanh sigmoid tanh exp exp2 expm1 log log2 log10 log1p erf erfc sin cos rsqrt".split()
+    )
+}
+_SOFTPLUS, _POW, _ADD_SCALED = 32, 33, 34
+
+
+class _Args(ctypes.Structure):
+    _fields_ = (
+        ("op", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("count", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("a", ctypes.c_double),
+        ("b", ctypes.c_double),
+    )
+
+
+@functools.cache
+def _function() -> Callable[[Any], int]:
+    function: Any = native.library().detinfer_cpu_elementwise
+    function.argtypes = (ctypes.c_void_p,)
+    function.restype = ctypes.c_int
+    return function  # type: ignore[no-any-return]
+
+
+def _call(
+    op: int, out: torch.Tensor, x: torch.Tensor | None, y: torch.Tensor | None, where: str, a: float = 0, b: float = 0
+) -> torch.Tensor:
+    args = _Args(
+        op,
+        native.dtype_code(out.dtype, where),
+        out.numel(),
+        None if x is None else x.data_ptr(),
+        None if y is None else y.data_ptr(),
+        out.data_ptr(),
+        a,
+        b,
+    )
+    if status := _function()(ctypes.addressof(args)):
+        native.check(status)
+    return out
+
+
+def _unary(name: str, integers: bool) -> Callable[[torch.Tensor], Any]:
+    op, where = OPS[name], f"aten::{name}"
+
+    def function(self: torch.Tensor) -> Any:
+        if self.dtype not in native.DTYPES:
+            if self.is_floating_point() or self.is_complex():
+                native.dtype_code(self.dtype, where)  # raises
+            if not integers:
+                return NotImplemented
+            self = self.to(torch.get_default_dtype())
+        x = self.contiguous()
+        return _call(op, torch.empty_like(x), x, None, where)
+
+    function.__name__ = name
+    function.__doc__ = f"aten::{name}: a tensor of any shape to one of the same shape and dtype."
+    return function
+
+
+silu = _unary("silu", integers=False)
+sigmoid = _unary("sigmoid", integers=True)
+tanh = _unary("tanh", integers=True)
+exp = _unary("exp", integers=True)
+exp2 = _unary("exp2", integers=True)
+expm1 = _unary("expm1", integers=True)
+log = _unary("log", integers=True)
+log2 = _unary("log2", integers=True)
+log10 = _unary("log10", integers=True)
+log1p = _unary("log1p", integers=True)
+erf = _unary("erf", integers=True)
+erfc = _unary("erfc", integers=True)
+sin = _unary("sin", integers=True)
+cos = _unary("cos", integers=True)
+rsqrt = _unary("rsqrt", integers=True)
+_gelu = _unary("gelu", integers=False)
+_gelu_tanh = _unary("gelu_tanh", integers=False)
+
+
+def gelu(self: torch.Tensor, *, approximate: str = "none") -> Any:
+    """aten::gelu: x Phi(x), or with ``approximate="tanh"`` its approximation by tanh."""
+    if approximate not in ("none", "tanh"):
+        raise RuntimeError("approximate argument must be either none or tanh.")  # torch's own sentence
+    return _gelu(self) if approximate == "none" else _gelu_tanh(self)
+
+
+def softplus(self: torch.Tensor, beta: Scalar = 1, threshold: Scalar = 20) -> Any:
+    """aten::softplus: log(1 + e^(beta x)) / beta, or x where beta x > threshold; both scalars in fp32."""
+    if not (self.is_floating_point() or self.is_complex()):
+        return NotImplemented
+    x = self.contiguous()
+    return _call(_SOFTPLUS, torch.empty_like(x), x, None, "aten::softplus", float(beta), float(threshold))
+
+
+def pow_tensor_scalar(self: torch.Tensor, exponent: Scalar) -> Any:
+    """aten::pow.Tensor_Scalar: x^y with the special cases of C99; y is rounded to the result's dtype, as in torch."""
+    return _pow(self, exponent, torch.result_type(self, exponent))
+
+
+def pow_scalar(self: Scalar, exponent: torch.Tensor) -> Any:
+    """aten::pow.Scalar: x^y for a scalar x, rounded to the result's dtype."""
+    return _pow(self, exponent, torch.result_type(self, exponent))
+
+
+def pow_tensor_tensor(self: torch.Tensor, exponent: torch.Tensor) -> Any:
+    """aten::pow.Tensor_Tensor: x^y, shapes broadcast."""
+    return _pow(self, exponent, torch.result_type(self, exponent))
+
+
+def _pow(base: torch.Tensor | Scalar, exponent: torch.Tensor | Scalar, dtype: torch.dtype) -> Any:
+    where = "aten::pow"
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return NotImplemented
+    native.dtype_code(dtype, where)
+    if not isinstance(exponent, torch.Tensor):
+        assert isinstance(base, torch.Tensor)
+        x = base.to(dtype).contiguous()
+        return _call(_POW, torch.empty_like(x), x, None, where, float(exponent))
+    if not isinstance(base, torch.Tensor):
+        y = exponent.to(dtype).contiguous()
+        return _call(_POW, torch.empty_like(y), None, y, where, float(base))
+    x, y = torch.broadcast_tensors(base.to(dtype), exponent.to(dtype))
+    x, y = x.contiguous(), y.contiguous()
+    return _call(_POW, torch.empty_like(x), x, y, where)
+
+
+def add_scaled(self: torch.Tensor, other: torch.Tensor | Scalar, alpha: Scalar) -> torch.Tensor:
+    """``self + alpha * other`` as two roundings in fp32, product then sum, and one to the dtype; shapes broadcast.
+
+    torch fuses both into one rounding on some machines and not on others, so torch's own ``add`` and ``sub`` are
+    proved for ``alpha`` 1 alone. Subtraction is ``-alpha``.
+    """
+    where = "add_scaled"
+    dtype = torch.result_type(self, other)
+    native.dtype_code(dtype, where)
+    if not isinstance(other, torch.Tensor):
+        x = self.to(dtype).contiguous()
+        return _call(_ADD_SCALED, torch.empty_like(x), x, None, where, float(alpha), float(other))
+    x, y = torch.broadcast_tensors(self.to(dtype), other.to(dtype))
+    x, y = x.contiguous(), y.contiguous()
+    return _call(_ADD_SCALED, torch.empty_like(x), x, y, where, float(alpha))
+
+
+COVERED: dict[str, Callable[..., Any]] = {
+    "aten::silu": silu,
+    "aten::gelu": gelu,
+    "aten::sigmoid": sigmoid,
+    "aten::tanh": tanh,
+    "aten::exp": exp,
+    "aten::exp2": exp2,
+    "aten::expm1": expm1,
+    "aten::log": log,
+    "aten::log2": log2,
+    "aten::log10": log10,
+    "aten::log1p": log1p,
+    "aten::erf": erf,
+    "aten::erfc": erfc,
+    "aten::softplus": softplus,
+    "aten::sin": sin,
+    "aten::cos": cos,
+    "aten::rsqrt": rsqrt,
+    "aten::pow.Tensor_Scalar": pow_tensor_scalar,
+    "aten::pow.Scalar": pow_scalar,
+    "aten::pow.Tensor_Tensor": pow_tensor_tensor,
+}
+"""Operations that this family computes, each with its function."""
+
+REDUCES: frozenset[str] = frozenset()
+"""None of them contains a reduction."""
+
+
+def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
+    """Compare the native path of ``op`` with the reference: alone, in rows of odd widths, and in one large tensor.
+
+    Returns how many results were compared and their bytes; raises Diverged with the first mismatch.
+    """
+    native.dtype_code(dtype, op)
+    evidence = Evidence(op, dtype)
+    function = COVERED[op]
+    x = every_exponent(dtype)
+    calls: list[tuple[Callable[[torch.Tensor], torch.Tensor], Any]] = []
+    if op == "aten::gelu":
+        calls = [(gelu, reference.UNARY["gelu"]), (_gelu_tanh, reference.UNARY["gelu_tanh"])]
+    elif op == "aten::softplus":
+        calls = [(lambda v, b=b: softplus(v, b), functools.partial(reference.softplus, beta=b)) for b in (1, 0.3)]
+    elif op == "aten::pow.Tensor_Scalar":
+        for y in (2.0, -1.0, 0.3):
+            (rounded,) = to_values(from_values([y], dtype))
+            calls.append((lambda v, y=y: function(v, y), lambda v, y=rounded: reference.power_of(v, y)))
+    elif op == "aten::pow.Scalar":
+        for base in (10000.0, -2.0):
+            (rounded,) = to_values(from_values([base], dtype))
+            calls.append((lambda v, b=base: function(b, v), lambda v, b=rounded: reference.power_of(b, v)))
+    elif op == "aten::pow.Tensor_Tensor":
+        y = x.flip(0).clone()
+        y[::3] = 2.0
+        y[1::3] = (y[1::3] * 0 + 3.0).nan_to_num(3.0)
+        values = to_values(y)
+        calls = [(lambda v: function(v, y[: len(v)]), lambda v: reference.power_of(v, values[: len(v)]))]
+    else:
+        calls = [(function, reference.UNARY[op.removeprefix("aten::")])]
+    for call, truth in calls:
+        expected = from_values(reference.quiet(truth)(to_values(x)), dtype)
+        evidence.expect(call(x), expected, "all of them")
+        for width in WIDTHS:
+            evidence.expect(call(x[:width]), expected[:width], f"width {width}")
+        if op != "aten::pow.Tensor_Tensor":
+            evidence.expect(call(x.repeat(6))[-len(x) :], expected, "a large tensor")
+    return evidence.total()

@@ -1,0 +1,342 @@
+"""Reductions along rows on CPU: sum, mean, softmax, log_softmax, RMSNorm and LayerNorm in the contract's row_sum order.
+
+A row's bits depend on that row alone. Inputs are fp32, bf16 or fp16; arithmetic is fp32; a result is rounded once to
+its dtype. Reduced dimensions are moved last in ascending order and flattened in row-major order: that is the row.
+Integer sums are exact in any order and left to torch; float64 and complex raise UnsupportedDtype.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from detinfer import native
+from detinfer.errors import UsageError
+from detinfer.ops import rows_proof
+
+OPS = {"sum": 0, "mean": 1, "softmax": 2, "log_softmax": 3, "rms_norm": 4, "layer_norm": 5}
+WEIGHT_MODES = {"llama": 0, "fp32": 1, "gemma": 2}
+RESIDUAL_MODES = {"R": 0, "U": 1}
+
+WeightMode = Literal["llama", "fp32", "gemma"]
+ResidualMode = Literal["R", "U"]
+
+
+class _Args(ctypes.Structure):
+    # RowsArgs of csrc/rows.h.
+    _fields_ = (
+        ("op", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
+        ("weight_dtype", ctypes.c_int32),
+        ("stat_dtype", ctypes.c_int32),
+        ("weight_mode", ctypes.c_int32),
+        ("residual_mode", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("residual_out", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("rstd", ctypes.c_void_p),
+        ("eps", ctypes.c_double),
+    )
+
+
+@functools.cache
+def _function() -> Callable[[Any], int]:
+    function: Any = native.library().detinfer_cpu_rows
+    function.argtypes = (ctypes.c_void_p,)
+    function.restype = ctypes.c_int
+    return function  # type: ignore[no-any-return]
+
+
+def _run(args: _Args) -> None:
+    if status := _function()(ctypes.addressof(args)):
+        native.check(status)
+
+
+def _pointer(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _floats(x: torch.Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _ready(x: torch.Tensor, dtype: torch.dtype | None, where: str) -> tuple[torch.Tensor, torch.dtype]:
+    # torch converts to the dtype asked for before it reduces; widening to fp32 is exact, and the kernel's own first step.
+    out = dtype or x.dtype
+    native.dtype_code(out, where)
+    if x.dtype != out and not (out is torch.float32 and x.dtype in native.DTYPES):
+        if x.is_floating_point() or x.is_complex():
+            native.dtype_code(x.dtype, where)
+        x = x.to(out)
+    return x, out
+
+
+def _dimensions(dim: int | Sequence[int] | None, ndim: int) -> list[int]:
+    if dim is None or (not isinstance(dim, int) and len(dim) == 0):
+        return list(range(ndim))
+    found = []
+    for d in [dim] if isinstance(dim, int) else dim:
+        if not -max(ndim, 1) <= d < max(ndim, 1):
+            raise IndexError(f"Dimension out of range (expected to be in [{-max(ndim, 1)}, {max(ndim, 1) - 1}], got {d})")
+        found.append(d % max(ndim, 1))
+    if len(set(found)) != len(found):
+        raise RuntimeError(f"a dim appears multiple times in the list of dims {found}")
+    return sorted(found)
+
+
+def _reduce(
+    op: str, self: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool, dtype: torch.dtype | None
+) -> Any:
+    wanted = dtype or self.dtype
+    if not (wanted.is_floating_point or wanted.is_complex):
+        return NotImplemented
+    where = f"aten::{op}"
+    x, out_dtype = _ready(self, dtype, where)
+    ndim = x.dim()
+    reduced = _dimensions(dim, ndim)
+    if ndim == 0:
+        kept: list[int] = []
+        reduced = []
+    else:
+        kept = [d for d in range(ndim) if d not in reduced]
+    sizes = x.shape
+    shape = [1 if d in reduced else sizes[d] for d in range(ndim)] if keepdim else [sizes[d] for d in kept]
+    if kept and reduced and reduced[0] < kept[-1]:
+        x = x.permute(kept + reduced)
+    x = x.contiguous()
+    out = torch.empty(shape, dtype=out_dtype)
+    args = _Args(OPS[op], native.DTYPES[x.dtype], native.DTYPES[out_dtype])
+    args.rows, args.n = out.numel(), math.prod(sizes[d] for d in reduced)
+    args.x, args.out = x.data_ptr(), out.data_ptr()
+    _run(args)
+    return out
+
+
+def sum_all(self: torch.Tensor, *, dtype: torch.dtype | None = None) -> Any:
+    """aten::sum: all elements as one row; a tensor of no dimensions."""
+    return _reduce("sum", self, None, False, dtype)
+
+
+def sum_dims(
+    self: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """aten::sum.dim_IntList: over one or several dimensions; +0 over no elements."""
+    return _reduce("sum", self, dim, keepdim, dtype)
+
+
+def mean_all(self: torch.Tensor, *, dtype: torch.dtype | None = None) -> Any:
+    """aten::mean: the sum of all elements divided by their number."""
+    return _reduce("mean", self, None, False, dtype)
+
+
+def mean_dims(
+    self: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """aten::mean.dim: over one or several dimensions; NaN over no elements."""
+    return _reduce("mean", self, dim, keepdim, dtype)
+
+
+def _softmax_of(op: str, self: torch.Tensor, dim: int, dtype: torch.dtype | None) -> Any:
+    if not _floats(self) and dtype is None:
+        return NotImplemented
+    x, out_dtype = _ready(self, dtype, f"aten::{op}")
+    (d,) = _dimensions(dim, x.dim())
+    last = d >= x.dim() - 1
+    x = (x if last else x.movedim(d, -1)).contiguous()
+    out = torch.empty(x.shape, dtype=out_dtype)
+    n = x.shape[-1] if x.dim() else 1
+    args = _Args(OPS[op], native.DTYPES[x.dtype], native.DTYPES[out_dtype])
+    args.rows, args.n = x.numel() // max(n, 1), n
+    args.x, args.out = x.data_ptr(), out.data_ptr()
+    _run(args)
+    return out if last else out.movedim(-1, d).contiguous()
+
+
+def softmax(self: torch.Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -> Any:
+    """e^(x - max) / sum over ``dim``; a row of -Inf, or with NaN or +Inf in it, is NaN throughout, as in torch."""
+    return _softmax_of("softmax", self, dim, dtype)
+
+
+def log_softmax(self: torch.Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -> Any:
+    """(x - max) - log(sum of e^(x - max)) over ``dim``."""
+    return _softmax_of("log_softmax", self, dim, dtype)
+
+
+def softmax_core(self: torch.Tensor, dim: int, half_to_float: bool) -> Any:
+    """aten::_softmax; ``half_to_float`` gives fp32."""
+    return _softmax_of("softmax", self, dim, torch.float32 if half_to_float else None)
+
+
+def log_softmax_core(self: torch.Tensor, dim: int, half_to_float: bool) -> Any:
+    """aten::_log_softmax; ``half_to_float`` gives fp32."""
+    return _softmax_of("log_softmax", self, dim, torch.float32 if half_to_float else None)
+
+
+def _norm(
+    op: str,
+    x: torch.Tensor,
+    size: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[_Args, torch.Tensor, list[torch.Tensor]]:
+    # The arguments of a norm, its output, and the tensors that have to live until the call.
+    where = f"aten::{op}"
+    code = native.dtype_code(x.dtype, where)
+    kept = [x.contiguous()]
+    out = torch.empty_like(kept[0])
+    args = _Args(OPS[op], code, code)
+    args.rows, args.n = x.numel() // max(size, 1), size
+    args.x, args.out, args.eps = kept[0].data_ptr(), out.data_ptr(), eps
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is None:
+            continue
+        if values.numel() != size:
+            raise UsageError(f"{where}: {name} has {values.numel()} elements, a row has {size}")
+        if weight is not None and values.dtype != weight.dtype:
+            raise UsageError(f"{where}: weight is {weight.dtype} and bias {values.dtype}; give both the same dtype")
+        kept.append(values.contiguous())
+        args.weight_dtype = native.dtype_code(values.dtype, f"{where}, its {name}")
+        setattr(args, name, kept[-1].data_ptr())
+    return args, out, kept
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    mode: WeightMode = "fp32",
+    residual: torch.Tensor | None = None,
+    residual_mode: ResidualMode = "R",
+) -> Any:
+    """RMSNorm over the last dimension, or add + RMSNorm where ``residual`` (shape and dtype of x) is given.
+
+    h is x, or x + residual: rounded to the dtype in residual mode ``R``, unrounded in ``U``. The result is h r weight
+    with r = 1 / sqrt(mean(h^2) + eps). Weight mode ``llama`` rounds h r to the dtype before it multiplies, ``fp32``
+    does not, ``gemma`` multiplies by 1 + weight. ``eps`` defaults to fp32's machine epsilon, as in torch.
+
+    Returns the norm, with ``residual`` a pair: the norm and the rounded sum. Raises UsageError for shapes that do not
+    fit and unknown modes.
+    """
+    if mode not in WEIGHT_MODES or residual_mode not in RESIDUAL_MODES:
+        raise UsageError(f"rms_norm: mode {mode!r} is one of {list(WEIGHT_MODES)}, residual_mode one of R, U")
+    size = x.shape[-1] if x.dim() else 1
+    args, out, kept = _norm("rms_norm", x, size, weight, None, _EPS if eps is None else eps)
+    args.weight_mode = WEIGHT_MODES[mode]
+    if residual is None:
+        _run(args)
+        return out
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise UsageError(
+            f"rms_norm: residual is {residual.dtype} {list(residual.shape)}, x is {x.dtype} {list(x.shape)}; "
+            "they have to agree"
+        )
+    kept.append(residual.contiguous())
+    total = torch.empty_like(out)
+    args.residual, args.residual_out = kept[-1].data_ptr(), total.data_ptr()
+    args.residual_mode = RESIDUAL_MODES[residual_mode]
+    _run(args)
+    return out, total
+
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+def _row_size(x: torch.Tensor, normalized_shape: Sequence[int], where: str) -> int:
+    count = len(normalized_shape)
+    if count == 0 or list(x.shape[x.dim() - count :]) != list(normalized_shape) or count > x.dim():
+        raise RuntimeError(
+            f"{where}: normalized_shape {list(normalized_shape)} does not end the input's shape {list(x.shape)}"
+        )
+    return math.prod(normalized_shape)
+
+
+def _statistic(x: torch.Tensor, normalized_shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    ones = [1] * len(normalized_shape)
+    return torch.empty([*x.shape[: x.dim() - len(ones)], *ones], dtype=dtype)
+
+
+def rms_norm_aten(
+    input: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
+) -> Any:
+    """aten::rms_norm: weight mode ``fp32``."""
+    result = fused_rms_norm(input, normalized_shape, weight, eps, statistic=False)
+    return result if result is NotImplemented else result[0]
+
+
+def fused_rms_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    eps: float | None,
+    *,
+    statistic: bool = True,
+) -> Any:
+    """aten::_fused_rms_norm: the norm and r, r in fp32."""
+    if not _floats(input):
+        return NotImplemented
+    size = _row_size(input, normalized_shape, "aten::rms_norm")
+    args, out, _kept = _norm("rms_norm", input, size, weight, None, _EPS if eps is None else eps)
+    args.weight_mode = WEIGHT_MODES["fp32"]
+    rstd = _statistic(input, normalized_shape, torch.float32) if statistic else None
+    args.rstd = _pointer(rstd)
+    _run(args)
+    return out, rstd
+
+
+def native_layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> Any:
+    """aten::native_layer_norm: (norm, mean, 1 / standard deviation), the last two one element a row.
+
+    They have the input's dtype, or fp32 where weight or bias are fp32.
+    """
+    if not _floats(input):
+        return NotImplemented
+    size = _row_size(input, normalized_shape, "aten::native_layer_norm")
+    args, out, _kept = _norm("layer_norm", input, size, weight, bias, eps)
+    of = next((v.dtype for v in (weight, bias) if v is not None), input.dtype)
+    mean, rstd = (_statistic(input, normalized_shape, of) for _ in range(2))
+    args.stat_dtype, args.mean, args.rstd = native.DTYPES[of], mean.data_ptr(), rstd.data_ptr()
+    _run(args)
+    return out, mean, rstd
+
+
+COVERED: dict[str, Callable[..., Any]] = {
+    "aten::sum": sum_all,
+    "aten::sum.dim_IntList": sum_dims,
+    "aten::mean": mean_all,
+    "aten::mean.dim": mean_dims,
+    "aten::_softmax": softmax_core,
+    "aten::_log_softmax": log_softmax_core,
+    "aten::rms_norm": rms_norm_aten,
+    "aten::_fused_rms_norm": fused_rms_norm,
+    "aten::native_layer_norm": native_layer_norm,
+}
+"""Operations that this family computes, each with its function."""
+
+REDUCES = frozenset(COVERED)
+"""All of them contain a reduction."""
+
+
+def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
+    """Compare the native path of ``op`` with the reference; (results compared, their bytes), or Diverged."""
+    native.dtype_code(dtype, op)
+    return rows_proof.prove(op, dtype, COVERED[op])

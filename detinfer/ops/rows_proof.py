@@ -1,0 +1,144 @@
+"""Stress inputs for reductions along rows, and the proof of each operation of the rows family on them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from detinfer.ops.evidence import REFERENCE_NAME, WIDTHS, Evidence, from_values, to_values
+from detinfer.reference import rows as reference
+from detinfer.reference.arithmetic import Float
+
+
+@functools.cache
+def cancelling(n: int, dtype: torch.dtype, rows: int = 3) -> torch.Tensor:
+    """[rows, n]: exponents spread over 2^-12 to 2^12, the first element large and the last nearly its negative.
+
+    The sum of such a row is the small rest of large terms, so another order gives other bits. Read it only.
+    """
+    random = np.random.default_rng(n)
+    values = np.ldexp(random.integers(-(2**23), 2**23, (rows, n)).astype(np.float64), -23)
+    values = np.ldexp(values, random.integers(-12, 13, (rows, n)))
+    if n >= 3:
+        values[:, 0] = random.integers(2**22, 2**23, rows) / 2**5
+        values[:, -1] = -values[:, 0] * (1 - 2.0**-9)
+    return from_values(values.astype(np.float32), dtype)
+
+
+@functools.cache
+def logits(n: int, dtype: torch.dtype, rows: int = 3) -> torch.Tensor:
+    """[rows, n]: values in [-24, 8], so that the exponentials spread over 2^46; every seventh one masked by -Inf."""
+    random = np.random.default_rng(n + 1)
+    values = (random.integers(-(2**20) * 3, 2**20, (rows, n)) / 2**17).astype(np.float32)
+    if n > 7:
+        values[1:, 3::7] = -np.inf
+    return from_values(values, dtype)
+
+
+def _edges(dtype: torch.dtype) -> torch.Tensor:
+    # NaN, infinities of one and of both signs, all masked, negative zeros, subnormals.
+    rows = np.zeros((7, 21), np.float32)
+    rows[0, 5] = np.nan
+    rows[1, 3] = np.inf
+    rows[2, 3], rows[2, 9] = np.inf, -np.inf
+    rows[3] = -np.inf
+    rows[4] = -0.0
+    rows[5] = np.float32(1e-40)
+    rows[6, 20] = -3.0
+    return from_values(rows, dtype)
+
+
+def _vector(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    random = np.random.default_rng(seed)
+    return from_values((random.integers(-(2**23), 2**23, n) / 2**22).astype(np.float32), dtype)
+
+
+def prove(op: str, dtype: torch.dtype, function: Callable[..., Any]) -> tuple[int, bytes]:
+    """Compare ``function`` with the reference of ``op`` on stress rows of odd widths and on rows of special values."""
+    evidence = Evidence(op, dtype)
+    kind = op.removeprefix("aten::").removeprefix("_").partition(".")[0]
+    check = {
+        "sum": _reductions,
+        "mean": _reductions,
+        "softmax": _softmaxes,
+        "log_softmax": _softmaxes,
+        "rms_norm": _rms_norms,
+        "fused_rms_norm": _rms_norms,
+        "native_layer_norm": _layer_norms,
+    }[kind]
+    check(op, kind, dtype, function, evidence)
+    return evidence.total()
+
+
+def _reductions(op: str, kind: str, dtype: torch.dtype, function: Callable[..., Any], evidence: Evidence) -> None:
+    truth: Callable[[Float], Float] = reference.row_sum if kind == "sum" else reference.mean
+    for n in WIDTHS:
+        x = cancelling(n, dtype)
+        values = to_values(x)
+        if "." not in op:
+            evidence.expect(function(x), from_values(truth(values.reshape(1, -1))[0], dtype), f"all of 3 x {n}")
+            continue
+        expected = from_values(truth(values), dtype)
+        evidence.expect(function(x, [-1]), expected, f"width {n}")
+        evidence.expect(function(x.t().contiguous(), [0], True), expected[None], f"over dimension 0 of {n}")
+        if dtype is not torch.float32:
+            evidence.expect(
+                function(x, [1], dtype=torch.float32), from_values(truth(values), torch.float32), f"width {n} to fp32"
+            )
+    edges = _edges(dtype)
+    rows = from_values(truth(to_values(edges)), dtype)
+    if "." in op:
+        evidence.expect(function(edges, [1]), rows, "special values")
+        cube = cancelling(77, dtype, 6).reshape(2, 3, 77)
+        flat = to_values(cube).transpose(1, 0, 2).reshape(3, -1)
+        evidence.expect(function(cube, [2, 0]), from_values(truth(flat), dtype), "over dimensions 2 and 0")
+    else:
+        for i in range(len(edges)):
+            evidence.expect(function(edges[i]), rows[i], f"special values {i}")
+
+
+def _softmaxes(op: str, kind: str, dtype: torch.dtype, function: Callable[..., Any], evidence: Evidence) -> None:
+    truth = reference.softmax if kind == "softmax" else reference.log_softmax
+    for n in WIDTHS:
+        x = logits(n, dtype)
+        expected = from_values(truth(to_values(x)), dtype)
+        evidence.expect(function(x, -1, False), expected, f"width {n}")
+        evidence.expect(function(x.t(), 0, False), expected.t().contiguous(), f"over dimension 0 of {n}")
+    x = _edges(dtype)
+    evidence.expect(function(x, 1, False), from_values(truth(to_values(x)), dtype), "special values")
+    if dtype is not torch.float32:
+        evidence.expect(function(x, 1, True), from_values(truth(to_values(x)), torch.float32), "half_to_float")
+
+
+def _rms_norms(op: str, kind: str, dtype: torch.dtype, function: Callable[..., Any], evidence: Evidence) -> None:
+    for n in WIDTHS:
+        for x in (cancelling(n, dtype), _edges(dtype)):
+            size = x.shape[1]
+            for weight in (_vector(size, dtype, n), None):
+                w = None if weight is None else to_values(weight)
+                y, r = reference.rms_norm(to_values(x), w, 1e-6, "fp32", REFERENCE_NAME[dtype])
+                got = function(x, [size], weight, 1e-6)
+                where = f"width {size}, {'no weight' if w is None else 'weight'}"
+                if kind == "fused_rms_norm":
+                    evidence.expect(got[1], from_values(r[:, None], torch.float32), f"{where}, r")
+                    got = got[0]
+                evidence.expect(got, from_values(y, dtype), where)
+
+
+def _layer_norms(op: str, kind: str, dtype: torch.dtype, function: Callable[..., Any], evidence: Evidence) -> None:
+    for n in WIDTHS:
+        for x in (cancelling(n, dtype), _edges(dtype)):
+            size = x.shape[1]
+            weight, bias = _vector(size, dtype, n), _vector(size, dtype, n + 1)
+            for w, b in ((weight, bias), (weight, None), (None, None)):
+                expected = reference.layer_norm(
+                    to_values(x), None if w is None else to_values(w), None if b is None else to_values(b), 1e-5
+                )
+                got = function(x, [size], w, b, 1e-5)
+                for name, one, truth in zip(("norm", "mean", "rstd"), got, expected, strict=True):
+                    value = truth if name == "norm" else truth[:, None]
+                    evidence.expect(one, from_values(value, dtype), f"width {size}, {name}")
