@@ -41,7 +41,7 @@ def show(result: Result, console: Console) -> None:
         )
         kinds = _kinds([tally for tally in control.units if tally.rows_differing])
         if kinds:
-            console.print(f"           in {kinds}")
+            console.print(f"           in {kinds}", soft_wrap=True)
 
 
 def _layers(result: Result) -> Table:
@@ -95,7 +95,8 @@ def _sensitivity(result: Result, console: Console) -> None:
         judged = [one for one in seen if one is not None]
         free = f", {len(seen) - len(judged)} with fewer than 3 terms" if len(judged) < len(seen) else ""
         console.print(
-            f"planted  {operation} {dtype}: a wrong order seen at {sum(judged)} of {len(judged)} recorded shapes{free}"
+            f"planted  {operation} {dtype}: a wrong order seen at {sum(judged)} of {len(judged)} recorded shapes{free}",
+            soft_wrap=True,
         )
     if result.invariance.order_free:
         console.print(f"no order {', '.join(result.invariance.order_free)}", style="dim", soft_wrap=True)

@@ -122,23 +122,25 @@ def test_recording_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "says"),
+    ("name", "options", "code", "says"),
     [
-        ("random", 1, "layer layer, output"),
-        ("hidden", 2, "layer layer draws random numbers"),
-        ("counting", 2, "layer layer changes its own state (calls)"),
-        ("infinite", 2, "layer layer gives a value that is not finite"),
-        ("raising", 2, "no weights here"),
-        ("half_a_result", 2, "requests"),
-        ("uncovered", 2, "cumsum"),
-        ("absent", 2, "absent"),
+        ("random", (), 2, "aten::rand is refused in Holder.layer"),
+        ("random", ("--allow", "aten::rand"), 1, "layer layer, output"),
+        ("hidden", ("--allow", "aten::rand"), 2, "layer layer draws random numbers"),
+        ("counting", (), 2, "layer layer changes its own state (calls)"),
+        ("infinite", (), 2, "layer layer gives a value that is not finite"),
+        ("raising", (), 2, "no weights here"),
+        ("half_a_result", (), 2, "requests"),
+        ("uncovered", (), 2, "aten::cumsum on float32 is refused in Holder.layer"),
+        ("absent", (), 2, "absent"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_targets_are_named_and_nothing_is_written(
-    name: str, code: int, says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    name: str, options: tuple[str, ...], code: int, says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A clear error with the layer or the factory in it, and no half-written golden."""
-    assert record(name, tmp_path / "golden") == code
+    assert record(name, tmp_path / "golden", *options) == code
     assert says in capfd.readouterr().err
     assert not any(tmp_path.iterdir())
 
