@@ -1,8 +1,278 @@
-#include "vec.h"
+// Attention on CPU: the order is in ../attention.h, and this file chooses only the schedule.
+//
+// A task is some query rows that read one head of K and V. Keys are packed block by block, each block is used by all
+// tiles of the task; the scores of every row are kept whole, so that the greatest is exact before the first exp.
+#include "attention_softmax.h"
+#include "attention_tile.h"
 #include "kernels.h"
 
 namespace detinfer {
 namespace DETINFER_LEVEL {
-int attention(const AttentionArgs&) { return fail(kNotSupported, "attention: not built yet"); }
+namespace {
+
+thread_local Scratch scratch;
+
+// Scores that a task keeps (1 MiB of fp32), and the least rows that are worth packing K and V for.
+constexpr int64_t kScores = 1 << 18;
+constexpr int64_t kLeastRows = 24;
+// Multiplications below which waking another thread costs more than it saves.
+constexpr int64_t kAlone = 1 << 19;
+
+struct Row {
+  int64_t head, query;
+  Range range;
+  MaskRow mask;
+  float sum;
+};
+
+// Rows that go through the micro kernels together. [low, high) holds all their keys; [both_low, both_high) those that
+// every row of the tile sees, if no row has holes.
+struct Tile {
+  int first, rows;
+  int64_t low, high, both_low, both_high;
+};
+
+template <DType T> struct Call {
+  using E = typename Storage<T>::type;
+  const AttentionPlan& plan;
+  const AttentionArgs& args;
+  int64_t group;       // query heads that read one head of K and V
+  int64_t group_rows;  // query rows that read it: queries * group, heads innermost
+  int64_t task_rows;
+  int64_t parts;  // tasks of one head of K and V
+  int64_t tasks;
+  int64_t value_width;  // columns of V, rounded up to whole vectors
+  int64_t next;
+  int status;
+};
+
+template <DType T> struct Task {
+  using E = typename Storage<T>::type;
+  const Call<T>& call;
+  const AttentionPlan& plan;
+  int64_t batch, kv_head, first;
+  int rows;
+  int64_t low, high;  // keys that any row of the task sees
+  int tiles;
+  int64_t score_row;
+  Row* row;
+  Tile* tile;
+  float *q, *panel, *values, *scores, *out;
+
+  float* scores_of(int r, int64_t key) const { return scores + r * score_row + (key - low); }
+
+  void find_ranges() {
+    low = plan.keys, high = 0;
+    int64_t query = first / call.group, head = first % call.group;
+    for (int r = 0; r < rows; r++, head++) {
+      if (head == call.group) head = 0, query++;
+      row[r].head = kv_head * call.group + head;
+      row[r].query = query;
+      row[r].mask = mask_row(plan, call.args.mask, batch, row[r].head, query);
+      // Heads of a group mostly have one mask.
+      const bool same = r > 0 && head > 0 && row[r].mask.data == row[r - 1].mask.data;
+      row[r].range = same ? row[r - 1].range : range_of(row[r].mask, plan.causal ? least(query + 1, plan.keys) : plan.keys);
+      if (!row[r].range.empty()) {
+        low = least(low, row[r].range.low);
+        high = most(high, row[r].range.high);
+      }
+    }
+    tiles = 0;
+    for (int r = 0; r < rows; r += kRows) {
+      Tile t = {r, static_cast<int>(least(kRows, rows - r)), plan.keys, 0, 0, plan.keys};
+      for (int i = r; i < r + t.rows; i++) {
+        const Range range = row[i].range;
+        if (range.empty()) continue;
+        t.low = least(t.low, range.low), t.high = most(t.high, range.high);
+        t.both_low = most(t.both_low, range.low), t.both_high = range.holes ? 0 : least(t.both_high, range.high);
+      }
+      if (t.low >= t.high) t.both_high = 0;
+      tile[tiles++] = t;
+    }
+  }
+
+  void widen_queries() {
+    const E* base = static_cast<const E*>(call.args.q) + batch * plan.q.batch;
+    for (int r = 0; r < rows; r++)
+      widen_row<T>(base + row[r].head * plan.q.head + row[r].query * plan.q.row, plan.depth, q + r * plan.depth);
+  }
+
+  void score_keys() {
+    const E* base = static_cast<const E*>(call.args.k) + batch * plan.k.batch + kv_head * plan.k.head;
+    for (int64_t block = low; block < high; block += kKeys) {
+      const int64_t end = least(block + kKeys, high);
+      for (int64_t key = block; key < end; key += kLanes) {
+        const int lanes = static_cast<int>(least(kLanes, end - key));
+        pack_lanes<T>(base + key * plan.k.row, plan.k.row, 1, lanes, plan.depth, panel + (key - block), kKeys,
+                      key + kLanes < high ? kLanes * plan.k.row : 0);
+      }
+      for (int i = 0; i < tiles; i++) {
+        const Tile& t = tile[i];
+        const int64_t from = most(t.low, block), to = least(t.high, end);
+        if (from >= to) continue;
+        const int64_t start = (from - block) / kLanes * kLanes;
+        chains<kFloat32, kScoreChains>(t.rows, quotient_up(to - block - start, kLanes), plan.depth, q + t.first * plan.depth, plan.depth,
+                     panel + start, kKeys, scores_of(t.first, block + start), score_row, plan.scale);
+      }
+    }
+  }
+
+  void weigh_keys() {
+    for (int r = 0; r < rows; r++) {
+      if (row[r].range.empty()) continue;
+      row[r].sum = softmax(row[r].mask, row[r].range, scores_of(r, row[r].range.low));
+    }
+  }
+
+  // One row's part of the keys in [from, to), of a block of V that starts at key `block`.
+  template <DType S>
+  void add_row(int r, int64_t from, int64_t to, int64_t block, const typename Storage<S>::type* v, int64_t v_row) {
+    from = most(from, row[r].range.low), to = least(to, row[r].range.high);
+    if (from >= to) return;
+    const float* p = scores_of(r, from);
+    const int64_t vectors = call.value_width / kLanes;
+    float* o = out + r * call.value_width;
+    v += (from - block) * v_row;
+    if (row[r].range.holes) chain_with_holes<S>(vectors, to - from, p, v, v_row, o);
+    else chains<S, kOutputChains>(1, vectors, to - from, p, 0, v, v_row, o, 0);
+  }
+
+  // The part of the keys [block, end) in every row's chain; v is the block's first row, in storage type S.
+  template <DType S> void add_block(int64_t block, int64_t end, const typename Storage<S>::type* v, int64_t v_row) {
+    for (int i = 0; i < tiles; i++) {
+      const Tile& t = tile[i];
+      const int last = t.first + t.rows;
+      if (t.both_low >= t.both_high) {
+        for (int r = t.first; r < last; r++) add_row<S>(r, block, end, block, v, v_row);
+        continue;
+      }
+      if (t.low < t.both_low)
+        for (int r = t.first; r < last; r++) add_row<S>(r, block, least(end, t.both_low), block, v, v_row);
+      const int64_t from = most(t.both_low, block), to = least(t.both_high, end);
+      if (from < to)
+        chains<S, kOutputChains>(t.rows, call.value_width / kLanes, to - from, scores_of(t.first, from), score_row,
+                                 v + (from - block) * v_row, v_row, out + t.first * call.value_width,
+                                 call.value_width);
+      if (t.both_high < t.high)
+        for (int r = t.first; r < last; r++) add_row<S>(r, most(block, t.both_high), end, block, v, v_row);
+    }
+  }
+
+  void add_values() {
+    const E* base = static_cast<const E*>(call.args.v) + batch * plan.v.batch + kv_head * plan.v.head;
+    std::memset(out, 0, sizeof(float) * rows * call.value_width);
+    // One tile reads V where it lies; for several it is widened once.
+    const bool whole_vectors = call.value_width == plan.value_depth;
+    if (whole_vectors && (T == kFloat32 || tiles == 1)) {
+      for (int64_t block = low; block < high; block += kValueRows)
+        add_block<T>(block, least(block + kValueRows, high), base + block * plan.v.row, plan.v.row);
+      return;
+    }
+    for (int64_t block = low; block < high; block += kValueRows) {
+      const int64_t end = least(block + kValueRows, high);
+      for (int64_t key = block; key < end; key++)
+        widen_row<T>(base + key * plan.v.row, plan.value_depth, values + (key - block) * call.value_width);
+      add_block<kFloat32>(block, end, values, call.value_width);
+    }
+  }
+
+  void store_rows() {
+    E* base = static_cast<E*>(call.args.out) + batch * plan.out.batch;
+    for (int r = 0; r < rows; r++) {
+      E* to = base + row[r].head * plan.out.head + row[r].query * plan.out.row;
+      const bool empty = row[r].range.empty();
+      const F sum = splat(row[r].sum);
+      for (int64_t i = 0; i < plan.value_depth; i += kLanes) {
+        const F o = empty ? F{} : load(out + r * call.value_width + i) / sum;
+        const int64_t left = plan.value_depth - i;
+        if (left >= kLanes) store_as<T>(to + i, o);
+        else store_some<T>(to + i, o, static_cast<int>(left));
+      }
+    }
+  }
+};
+
+inline int64_t whole(int64_t floats) { return quotient_up(floats, 16) * 16; }
+
+template <DType T> int run_task(const Call<T>& call, int64_t index) {
+  const AttentionPlan& plan = call.plan;
+  const int64_t pair = index / call.parts;
+  // The last rows first: with a causal mask they have the most keys.
+  const int64_t first = (call.parts - 1 - index % call.parts) * call.task_rows;
+  const int rows = static_cast<int>(least(call.task_rows, call.group_rows - first));
+  Task<T> task = {call, plan, pair / plan.kv_heads, pair % plan.kv_heads, first, rows, 0, 0, 0, 0,
+                  nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const int64_t score_row = whole(plan.keys) + kKeys;
+  const int64_t sizes[] = {whole(quotient_up(rows * static_cast<int64_t>(sizeof(Row)), 4)),
+                           whole(quotient_up(quotient_up(rows, kRows) * static_cast<int64_t>(sizeof(Tile)), 4)),
+                           whole(rows * plan.depth), whole(plan.depth * kKeys + kKeys),
+                           whole(kValueRows * call.value_width), rows * score_row, whole(rows * call.value_width)};
+  int64_t total = 0;
+  for (int64_t size : sizes) total += size;
+  float* memory = scratch.get(total);
+  if (memory == nullptr) return kOutOfMemory;
+  float** places[] = {nullptr, nullptr, &task.q, &task.panel, &task.values, &task.scores, &task.out};
+  task.row = reinterpret_cast<Row*>(memory);
+  task.tile = reinterpret_cast<Tile*>(memory + sizes[0]);
+  memory += sizes[0] + sizes[1];
+  for (int i = 2; i < 7; i++) *places[i] = memory, memory += sizes[i];
+  task.score_row = score_row;
+  task.find_ranges();
+  if (task.low < task.high) {
+    task.widen_queries();
+    task.score_keys();
+    task.weigh_keys();
+    task.add_values();
+  }
+  task.store_rows();
+  return kOk;
+}
+
+// Threads take the next task when they are done with one: rows of a causal mask differ in work.
+template <DType T> void work(int64_t, int64_t, void* context) {
+  Call<T>& call = *static_cast<Call<T>*>(context);
+  for (;;) {
+    const int64_t index = __atomic_fetch_add(&call.next, 1, __ATOMIC_RELAXED);
+    if (index >= call.tasks) return;
+    const int status = run_task(call, index);
+    if (status != kOk) __atomic_store_n(&call.status, status, __ATOMIC_RELAXED);
+  }
+}
+
+template <DType T> int run(const AttentionArgs& args) {
+  const AttentionPlan& plan = *args.plan;
+  const int64_t pairs = plan.batch * plan.kv_heads;
+  if (pairs == 0 || plan.queries == 0 || plan.value_depth == 0) return kOk;
+  const int64_t group = plan.heads / plan.kv_heads;
+  const int64_t rows = group * plan.queries;
+  const int64_t cost = pairs * rows * plan.keys * (plan.depth + plan.value_depth);
+  const int workers = cost < kAlone ? 1 : threads();
+  int64_t task_rows = least(rows, most(kRows, kScores / (plan.keys + kKeys)));
+  if (workers > 1 && pairs * quotient_up(rows, task_rows) < 8 * workers)
+    task_rows = least(task_rows, most(kLeastRows, quotient_up(rows * pairs, 8 * workers)));
+  task_rows = least(rows, quotient_up(task_rows, kRows) * kRows);
+  const int64_t parts = quotient_up(rows, task_rows);
+  Call<T> call = {plan, args, group, rows, task_rows, parts, pairs * parts,
+                  quotient_up(plan.value_depth, kLanes) * kLanes, 0, kOk};
+  if (workers == 1) work<T>(0, 1, &call);
+  else parallel_for(0, workers, 1, work<T>, &call);
+  return call.status == kOk ? kOk : fail(kOutOfMemory, "attention: no memory for the scores of a few query rows");
+}
+
+}  // namespace
+
+int attention(const AttentionArgs& args) {
+  const AttentionPlan* plan = args.plan;
+  if (plan == nullptr) return fail(kBadArgument, "attention: no plan was given");
+  if (plan->kv_heads < 1 ? plan->heads != 0 : plan->heads % plan->kv_heads != 0)
+    return fail(kBadArgument, "attention: the number of query heads is no multiple of the number of key heads");
+  switch (plan->dtype) {
+    case kFloat32: return run<kFloat32>(args);
+    case kBFloat16: return run<kBFloat16>(args);
+    case kFloat16: return run<kFloat16>(args);
+    default: return fail(kBadArgument, "attention: unknown dtype");
+  }
+}
+
 }  // namespace DETINFER_LEVEL
 }  // namespace detinfer

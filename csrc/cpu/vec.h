@@ -16,6 +16,9 @@
 #include <immintrin.h>
 #else
 #define DETINFER_LANES 4
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 #endif
 
 namespace detinfer {
@@ -138,6 +141,28 @@ template <DType T> inline void store_some(typename Storage<T>::type* p, F v, int
   typename Storage<T>::type lanes[kLanes];
   store_as<T>(lanes, v);
   std::memcpy(p, lanes, sizeof(lanes[0]) * count);
+#endif
+}
+
+// The last halvings of row_sum (order.h): lane l adds lane l + kLanes / 2, then l + kLanes / 4, ..., then l + 1.
+inline float halve(F v) {
+#if defined(__SSE2__)
+#if DETINFER_LANES == 16
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#elif DETINFER_LANES == 8
+  const __m256 eight = (__m256)v;
+#endif
+#if DETINFER_LANES == 4
+  __m128 four = (__m128)v;
+#else
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#endif
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+#else
+  for (int half = kLanes / 2; half >= 1; half /= 2)
+    for (int i = 0; i < half; i++) v[i] = v[i] + v[i + half];
+  return v[0];
 #endif
 }
 
