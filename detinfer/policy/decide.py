@@ -63,10 +63,10 @@ def decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Know
     ``variant`` is ``variants.variant`` of the arguments. Calls nothing but ``known``; raises nothing.
     """
     decision = _decide(policy, op, dtypes, known, variant)
-    if isinstance(decision, Accepted) and policy.guarantee.place == "portable" and not decision.portable:
-        decision = Refused(op, decision.path, "its bits are not marked portable: use place 'here'")
     if isinstance(decision, Refused) and op in policy.allow and policy.guarantee.scope != "tp":
-        return Accepted(op, TORCH, f"allowed by the policy; otherwise: {decision.reason}")
+        decision = Accepted(op, TORCH, f"allowed by the policy; otherwise: {decision.reason}")
+    if isinstance(decision, Accepted) and policy.guarantee.place == "portable" and not decision.portable:
+        decision = Refused(op, decision.path, "its bits are not portable: use place 'here', or leave the operation out")
     return decision
 
 

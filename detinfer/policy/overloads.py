@@ -75,11 +75,6 @@ def adapt(function: Callable[..., Any], overload: Overload) -> Callable[..., Any
             result = function(self, *args, **kwargs)
             if result is NotImplemented:
                 return result
-            if result.shape != self.shape:
-                raise RuntimeError(
-                    f"{overload.name}: output with shape {list(self.shape)} doesn't match the broadcast shape "
-                    f"{list(result.shape)}"
-                )
             return _store(overload.name, self, result)
 
         return inplace

@@ -44,10 +44,12 @@ def test_overrides_are_in_force_inside_and_gone_after(fake: Any, uncovered: Any)
     with deterministic("batch", uncovered=uncovered, families=fake.families) as active:
         assert overridden()
         assert shifted(torch.nn.functional.linear(X, w))
+        kept = STATE._installed  # nothing waits for the garbage collector
         assert active.policy.uncovered == uncovered
     assert not overridden()
     assert torch.nn.functional.linear(X, w).equal(before)
     assert fake.ran.count("linear") == 1
+    assert kept is not None
     assert STATE._installed is None
 
 
@@ -89,9 +91,10 @@ def test_a_failing_installation_leaves_nothing_switched_on(fake: Any) -> None:
     """One family covers an operation that torch does not have: the others are taken out again."""
     table = {**fake.families.covered, "aten::nope": Covered("aten::nope", "fake", lambda: None, False)}
     broken = Families(table, frozenset(), fake.prove, lambda: b"")
-    with pytest.raises(LookupError, match="aten::nope"), deterministic("batch", families=broken):
+    block = deterministic("batch", uncovered="trust", families=broken)
+    with pytest.raises(LookupError, match="aten::nope") as caught, block:
         pass
-    assert not overridden()
+    assert not overridden(), caught  # though the error still holds what was being built
     assert torch.is_grad_enabled()
     assert STATE._installed is None
 
@@ -224,6 +227,45 @@ def test_a_proof_reaches_torchs_own_kernels(fake: Any, uncovered: Any) -> None:
         torch.set_default_dtype(torch.float32)
     assert seen
     assert all(s == ([0.5, 0.5], "cpu", torch.float32, False) for s in seen)
+
+
+def test_entering_is_not_seen_by_the_block_around(fake: Any) -> None:
+    """The check for flushed subnormals runs on torch alone, whatever is in force."""
+    with (
+        deterministic("batch", families=fake.families) as around,
+        torch.device("meta"),
+        deterministic("batch", families=fake.families) as within,
+    ):
+        pass
+    assert not around.counts
+    assert not within.counts
+    with torch.device("meta"), STATE.torch_alone():
+        assert torch.ones(2).device.type == "cpu"
+
+
+def test_each_thread_has_its_own_policy(fake: Any) -> None:
+    """An override asks the policy of the thread that calls it, not the one entered last."""
+    fake.broken.add("aten::rsqrt")
+    entered, leave = threading.Event(), threading.Event()
+    refused = []
+
+    def other() -> None:
+        with deterministic("batch", uncovered="trust", families=fake.families):
+            try:
+                torch.rsqrt(X)
+            except RefusedError as error:
+                refused.append(error)
+            entered.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=other)
+    with deterministic(Policy(allow=("aten::rsqrt",), uncovered="trust"), families=fake.families):
+        thread.start()
+        assert entered.wait(30)
+        assert not shifted(torch.rsqrt(X))
+        leave.set()
+        thread.join()
+    assert len(refused) == 1
 
 
 def test_overrides_hold_on_every_thread_and_tracing_on_its_own(fake: Any) -> None:

@@ -139,10 +139,12 @@ def test_allowed_operations_run_on_torchs_path_without_a_proof() -> None:
 
 def test_place_portable_refuses_what_is_not_marked() -> None:
     """An allowed operation has no proof to carry to another machine."""
-    policy = Policy(Guarantee("batch", "portable"), allow=("aten::gelu",))
+    policy = Policy(Guarantee("batch", "portable"), allow=("aten::cumsum",))
     assert isinstance(decide(policy, "aten::gelu", (f32,), KNOWN), Accepted)
-    refused = decide(Policy(Guarantee("batch", "portable")), "aten::cumsum", (f32,), KNOWN)
+    assert isinstance(decide(Policy(allow=policy.allow), "aten::cumsum", (f32,), KNOWN), Accepted)
+    refused = decide(policy, "aten::cumsum", (f32,), KNOWN)
     assert isinstance(refused, Refused)
+    assert "not portable" in refused.reason
 
 
 def test_scope_tp_is_refused_with_a_sentence() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -52,6 +53,38 @@ def test_a_refusal_names_operation_dtype_place_and_remedy(fake: Any) -> None:
         assert " in Outer" not in str(caught.value)
     assert isinstance(active.decisions["aten::cumsum", (bf16,)], Refused)
     assert active.counts.get(("aten::cumsum", (bf16,)), 0) == 0
+
+
+class Catches(nn.Module):
+    """Survives an interruption of its child, then calls an operation that nobody covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Interrupts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The child, then a running sum."""
+        with contextlib.suppress(KeyboardInterrupt):
+            self.child(x)
+        return x.cumsum(0)
+
+
+class Interrupts(nn.Module):
+    """Ends without its hooks being called."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """An interruption."""
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_module_does_not_stay_in_the_path(fake: Any) -> None:
+    """torch calls no hook for a module that ends by an interruption; the next one that ends takes it along."""
+    with deterministic("batch", families=fake.families):
+        with pytest.raises(RefusedError):
+            nn.Sequential(Catches())(X)
+        with pytest.raises(RefusedError) as caught:
+            Outer()(X)
+    assert " in Outer.blocks.1:" in str(caught.value)
 
 
 def test_a_refused_operation_does_not_run(fake: Any) -> None:
