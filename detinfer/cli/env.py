@@ -14,8 +14,8 @@ from detinfer.native import Loaded
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def env(as_json: bool) -> None:
     """Print the environment's fingerprint and the state of the native library."""
-    found = environment.capture().to_json()
     state = native.load()
+    found = environment.capture(native.isa() if isinstance(state, Loaded) else "none").to_json()
     library = (
         {"path": str(state.path), "instruction_sets": list(state.levels), "in_use": native.isa()}
         if isinstance(state, Loaded)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 
 from detinfer import bits
-from detinfer.goldens.aside import aside
 from detinfer.goldens.tree import Node, map_tensors, tensors
 
 Dimensions = dict[str, "int | None"]
@@ -39,7 +38,7 @@ def find(one: Node, two: Node) -> Dimensions:
     return found
 
 
-@aside
+@bits.unseen
 def join(nodes: Sequence[Node], dimensions: Dimensions) -> Node:
     """One node whose batched tensors are those of ``nodes``, one after another; the rest is the first node's."""
     held = [dict(tensors(node)) for node in nodes]
@@ -51,7 +50,7 @@ def join(nodes: Sequence[Node], dimensions: Dimensions) -> Node:
     return map_tensors(nodes[0], leaf)
 
 
-@aside
+@bits.unseen
 def company(node: Node, dimensions: Dimensions) -> str:
     """Requests with the same key may stand in one batch: equal shapes, values and shared tensors."""
 

@@ -14,9 +14,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from detinfer import bits
 from detinfer.errors import TargetError
 from detinfer.goldens import tree
-from detinfer.goldens.aside import aside
 from detinfer.goldens.tree import Node
 from detinfer.goldens.units import ATTENTION_SUFFIX, Kind, module_units
 
@@ -170,13 +170,13 @@ def _keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(kwargs.items()))
 
 
-@aside
+@bits.unseen
 def _copied(node: Node) -> Node:
     # Cloned at once: a later operation may change the tensor in place.
     return tree.map_tensors(node, lambda _, tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
 
 
-@aside
+@bits.unseen
 def _state(module: nn.Module) -> tuple[torch.Tensor, dict[str, object]]:
     held: dict[str, object] = {
         name: value
@@ -188,7 +188,7 @@ def _state(module: nn.Module) -> tuple[torch.Tensor, dict[str, object]]:
     return torch.get_rng_state(), held
 
 
-@aside
+@bits.unseen
 def _check_state(name: str, before: Any, after: Any) -> None:
     if not torch.equal(before[0], after[0]):
         raise TargetError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from detinfer.goldens.aside import aside
+from detinfer import bits
 from detinfer.goldens.batch import Dimensions, NoBatch, find
 from detinfer.goldens.capture import Call, Capture, Skipped
 from detinfer.goldens.runner import Request, Target, run, run_language_model
@@ -109,7 +109,7 @@ def shapes(target: Target, request: Request, chosen: Callable[[str], bool]) -> d
     return found
 
 
-@aside
+@bits.unseen
 def nonfinite(node: Node) -> str | None:
     """Where a node's floating-point tensors hold NaN or infinity: the first path and what is there, or None."""
     for path, tensor in tensors(node):

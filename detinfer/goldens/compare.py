@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from detinfer import bits
-from detinfer.goldens.aside import aside
 from detinfer.goldens.batch import Dimensions
 from detinfer.goldens.tree import Node, tensors
 
@@ -37,7 +36,7 @@ class Rows:
     first: Difference | None
 
 
-@aside
+@bits.unseen
 def compare(got: Node, expected: Node, dimensions: Dimensions | None = None, batch: int = 1) -> Rows:
     """Every row of every tensor; ``dimensions`` and ``batch`` say to which request of a batch a row belongs."""
     left, right = dict(tensors(got)), dict(tensors(expected))
@@ -79,7 +78,7 @@ def _locate(path: str, value: torch.Tensor, wanted: torch.Tensor, dim: int | Non
     )
 
 
-@aside
+@bits.unseen
 def by_digests(got: Node, wanted: Node, golden: Any) -> Rows:
     """Every row against the digests of a golden that does not store the tensors: which rows differ, not in what."""
     left, right = dict(tensors(got)), dict(tensors(wanted))

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import detinfer
-from detinfer import bits, environment
+from detinfer import bits, environment, native
 from detinfer.errors import Diverged, TargetError
 from detinfer.goldens import tree
-from detinfer.goldens.aside import aside
 from detinfer.goldens.capture import Call, Skipped
 from detinfer.goldens.collect import WHOLE, Collected, Shape, collect, nonfinite, phase, shapes
 from detinfer.goldens.format import GoldenWriter
@@ -59,74 +58,77 @@ def record(
     the policy refuses. Nothing is written unless all is well.
     """
     matches = pattern(layers).search
-    writer = GoldenWriter(path, overwrite=overwrite)
 
     def chosen(name: str) -> bool:
         return matches(name) is not None
 
-    with deterministic(policy) as active:
-        progress("run 1 of 3, alone")
-        first = collect(target, requests, chosen)
-        _check_finite(first)
-        requests = [
-            replace(request, follow=first.tokens[i]) if first.tokens else request for i, request in enumerate(requests)
+    with GoldenWriter(path, overwrite=overwrite) as writer:
+        with deterministic(policy) as active:
+            first, shape = _runs(target, requests, chosen, progress)
+        if not any(isinstance(call, Call) for calls in first.calls.values() for call in calls.values()):
+            raise TargetError(f"no layer matches {layers!r}: nothing would be recorded")
+        progress("writing")
+        ends = _ends(first)
+
+        def write(name: str, node: Node) -> Node:
+            store = tensors == "full" or (tensors == "slice" and (name == WHOLE or name in ends))
+            return tree.map_tensors(node, lambda _, tensor: writer.add(tensor, store))
+
+        units = _units(first, shape, write)
+        results = [
+            [write(WHOLE, first.results[index, step]) for step in range(request.steps)]
+            for index, request in enumerate(requests)
         ]
-        for again in range(2, RUNS + 1):
-            progress(f"run {again} of {RUNS}, alone")
-            other = collect(target, requests, chosen, watch_state=again == RUNS)
-            _check_same(first, other, again)
-        progress("batch 2, for the shapes")
-        shape = shapes(target, requests[0], chosen)
-    if shape[WHOLE].reason is not None:
-        raise TargetError(f"the model's result {shape[WHOLE].reason}: a request needs one batch dimension throughout")
-    if not any(isinstance(call, Call) for calls in first.calls.values() for call in calls.values()):
-        raise TargetError(f"no layer matches {layers!r}: nothing would be recorded")
-
-    progress("writing")
-    depth = _ends(first)
-
-    def stored(name: str) -> bool:
-        return tensors == "full" or (tensors == "slice" and (name == WHOLE or name in depth))
-
-    units = _units(first, shape, lambda name, node: _digests(writer, node, stored(name)))
-    results = [
-        [_digests(writer, first.results[index, step], stored(WHOLE)) for step in range(request.steps)]
-        for index, request in enumerate(requests)
-    ]
-    manifest = Manifest(
-        detinfer=detinfer.__version__,
-        environment=environment.capture().to_json(),
-        target={
-            "spec": target.spec,
-            "kind": target.kind,
-            "class": target.class_name,
-            "dtype": str(target.dtype).removeprefix("torch."),
-            "weights_digest": target.weights_digest,
-            "config_digest": target.config_digest,
-        },
-        inputs=inputs,
-        policy=policy.to_json(),
-        decisions=active.decisions_json(),
-        tensors_mode=tensors,
-        units=units,
-        outputs={
-            "tokens": [list(row) for row in first.tokens],
-            "results": results,
-            "batch": _shape_json(shape[WHOLE]),
-        },
-        notes=[active.composed_norms],
-        command=command,
-        reason=reason,
-    )
-    written = writer.commit(manifest)
+        tokens = [list(row) for row in first.tokens]
+        manifest = Manifest(
+            detinfer=detinfer.__version__,
+            environment=environment.capture(native.isa(), target.libraries).to_json(),
+            target={
+                "spec": target.spec,
+                "kind": target.kind,
+                "class": target.class_name,
+                "dtype": bits.dtype_name(target.dtype),
+                "weights_digest": target.weights_digest,
+                "config_digest": target.config_digest,
+            },
+            inputs=inputs,
+            policy=policy.to_json(),
+            decisions=active.decisions_json(),
+            tensors_mode=tensors,
+            units=units,
+            outputs={"tokens": tokens, "results": results, "batch": _shape_json(shape[WHOLE])},
+            notes=[active.composed_norms],
+            command=command,
+            reason=reason,
+        )
+        written = writer.commit(manifest)
     return Recorded(
         path=written,
         units=sum(unit["skipped"] is None for unit in units),
         skipped=sum(unit["skipped"] is not None for unit in units),
         calls=sum(len(unit["calls"]) for unit in units),
-        tokens=[list(row) for row in first.tokens],
+        tokens=tokens,
         bytes=sum(file.stat().st_size for file in written.iterdir()),
     )
+
+
+def _runs(
+    target: Any, requests: Sequence[Request], chosen: Callable[[str], bool], progress: Callable[[str], None]
+) -> tuple[Collected, dict[str, Shape]]:
+    """Every request alone, three times with the same bytes, and the shapes of batch 2."""
+    progress(f"run 1 of {RUNS}, alone")
+    first = collect(target, requests, chosen)
+    _check_finite(first)
+    follow = first.tokens or [() for _ in requests]
+    requests = [replace(request, follow=follow[index]) for index, request in enumerate(requests)]
+    for again in range(2, RUNS + 1):
+        progress(f"run {again} of {RUNS}, alone")
+        _check_same(first, collect(target, requests, chosen, watch_state=again == RUNS), again)
+    progress("batch 2, for the shapes")
+    shape = shapes(target, requests[0], chosen)
+    if shape[WHOLE].reason is not None:
+        raise TargetError(f"the model's result {shape[WHOLE].reason}: a request needs one batch dimension throughout")
+    return first, shape
 
 
 def _check_finite(found: Collected) -> None:
@@ -140,7 +142,7 @@ def _check_finite(found: Collected) -> None:
                 )
 
 
-@aside
+@bits.unseen
 def _check_same(first: Collected, other: Collected, number: int) -> None:
     for key, calls in first.calls.items():
         for name, call in calls.items():
@@ -175,15 +177,11 @@ def _ends(found: Collected) -> set[str]:
     return {name for name in names if (name + ".").startswith(ends)} if ends else set(names[:1] + names[-1:])
 
 
-def _digests(writer: GoldenWriter, node: Node, store: bool) -> Node:
-    return tree.map_tensors(node, lambda _, tensor: writer.add(tensor, store))
-
-
 def _shape_json(shape: Shape) -> dict[str, Any]:
     return {"arguments": shape.arguments, "outputs": shape.outputs}
 
 
-def _units(found: Collected, shape: dict[str, Shape], digests: Callable[[str, Node], Node]) -> list[dict[str, Any]]:
+def _units(found: Collected, shape: dict[str, Shape], write: Callable[[str, Node], Node]) -> list[dict[str, Any]]:
     """The manifest's units in the order in which their calls end: the innermost first."""
     units: dict[str, dict[str, Any]] = {}
     for (request, step), calls in found.calls.items():
@@ -205,8 +203,8 @@ def _units(found: Collected, shape: dict[str, Shape], digests: Callable[[str, No
                     {
                         "request": request,
                         "step": step,
-                        "arguments": digests(name, call.arguments),
-                        "outputs": digests(name, call.outputs),
+                        "arguments": write(name, call.arguments),
+                        "outputs": write(name, call.outputs),
                     }
                 )
     return list(units.values())

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from detinfer import bits
 from detinfer.errors import TargetError
 from detinfer.goldens import tree
-from detinfer.goldens.aside import aside
 from detinfer.goldens.tree import Node
 
 Around = Callable[[int], AbstractContextManager[Any]]
@@ -52,7 +52,7 @@ class Request:
         return (repr(shapes), repr(values))
 
 
-@aside
+@bits.unseen
 def greedy(logits: torch.Tensor) -> torch.Tensor:
     """The token of the largest logit at the last position, ties to the lower id: [B, S, V] -> int64 [B]."""
     last = logits[:, -1, :].float()

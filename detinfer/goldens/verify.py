@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from detinfer import bits, environment
+from detinfer import bits, environment, native
 from detinfer.errors import GoldenError, UsageError
 from detinfer.goldens import stress_inputs, tree
-from detinfer.goldens.aside import aside
 from detinfer.goldens.capture import Call
 from detinfer.goldens.collect import WHOLE, collect
 from detinfer.goldens.compare import by_digests, compare
@@ -149,7 +148,7 @@ def verify(
         clock("stress")
     result.decisions = active.decisions_json()
     result.invariance = _invariance(sweep, trials, chosen, sensitivity, order_free)
-    result.golden = _staleness(result.golden, manifest, result.decisions)
+    result.golden = _staleness(result.golden, manifest, target, result.decisions)
 
     if options.control:
         control = Sweep(target, requests, units, whole, redo)
@@ -204,7 +203,7 @@ def _load_inputs(
         for call in entry["calls"] if unit is not None else ():
             assert unit is not None
             key = (call["request"], call["step"])
-            node = tree.map_tensors(call["arguments"], lambda _, digest: _stored(golden, digest))
+            node = tree.map_tensors(call["arguments"], lambda _, digest: golden.tensor(digest))
             if all(tensor is not None for _, tensor in tree.tensors(node)):
                 unit.arguments[key] = node
             else:
@@ -262,19 +261,14 @@ def _judge_golden(
     return found
 
 
-@aside
-def _stored(golden: Golden, digest: str) -> torch.Tensor | None:
-    return golden.tensor(digest)
-
-
-@aside
+@bits.unseen
 def _same_digests(node: Node, wanted: Node) -> bool:
     return tree.map_tensors(node, lambda _, tensor: bits.digest(tensor)) == wanted
 
 
 def _against_file(golden: Golden, node: Node, wanted: Node, found: Comparison) -> Any:
     """Count the rows of one call against the file; (Rows, Difference) of a mismatch, else None."""
-    stored = tree.map_tensors(wanted, lambda _, digest: _stored(golden, digest))
+    stored = tree.map_tensors(wanted, lambda _, digest: golden.tensor(digest))
     if all(tensor is not None for _, tensor in tree.tensors(stored)):
         rows = compare(node, stored)
         found.rows_compared += rows.compared
@@ -348,10 +342,11 @@ def _invariance(
     return invariance
 
 
-def _staleness(found: Comparison, manifest: Any, decisions: Sequence[dict[str, Any]]) -> Comparison:
+def _staleness(found: Comparison, manifest: Any, target: Any, decisions: Sequence[dict[str, Any]]) -> Comparison:
     """A golden is judged where the environment is the recorded one, or every operation is portable."""
     then = environment.Environment.from_json(manifest.environment)
-    found.stale = [(name, str(a), str(b)) for name, a, b in environment.differences(then, environment.capture())]
+    now = environment.capture(native.isa(), target.libraries)
+    found.stale = [(name, str(a), str(b)) for name, a, b in environment.differences(then, now)]
     if found.stale and not all(decision["portable"] for decision in decisions):
         found.verdict = "stale"
         bound = sorted({decision["op"] for decision in decisions if not decision["portable"]})
