@@ -22,9 +22,9 @@ def stress(
 ) -> Inputs:
     """query [batch, H, queries, depth], key and value of Hkv heads, on which the order of keys and of depth shows.
 
-    ``heads`` is (H, Hkv). Every score is the small rest of terms up to 2^10. Keys come in equal pairs, the first with
-    the last and neighbours with each other, so that weights agree and the pair's values, near each other's negatives
-    with exponents from 2^-8 to 2^8, cancel. Read them only.
+    ``heads`` is (H, Hkv). Every score has a first term of 2^10 that its middle one takes away, and every sum of values a
+    first term of 2^15 that its middle one takes away: what lies between is rounded coarsely, what follows finely, so
+    that another order gives other bits, in bf16 too. Read them only.
     """
     random = np.random.default_rng(keys * 1000 + depth)
 
@@ -33,16 +33,15 @@ def stress(
 
     q = uniform(batch, heads[0], queries, depth)
     k = uniform(batch, heads[1], keys, depth)
-    v = np.ldexp(uniform(batch, heads[1], keys, value_depth), random.integers(-8, 9, (batch, heads[1], keys, 1)))
+    v = np.ldexp(uniform(batch, heads[1], keys, value_depth), random.integers(-10, -1, (batch, heads[1], keys, 1)))
     if depth >= 3:
-        q[..., 0], q[..., -1] = 32.0, -32.0
+        q[..., 0], q[..., depth // 2] = 32.0, -32.0
         k[..., 0] += 32.0
-        k[..., -1] = k[..., 0]
-    k[..., 1::2, :], v[..., 1::2, :] = k[..., : keys // 2 * 2 : 2, :], v[..., : keys // 2 * 2 : 2, :] * -(1 - 2.0**-9)
+        k[..., depth // 2] = k[..., 0]
     if keys >= 3:
-        k[..., -1, :] = k[..., 0, :]
-        v[..., 0, :] = np.ldexp(np.sign(v[..., 0, :]) + v[..., 0, :] / 2**9, 10)
-        v[..., -1, :] = -v[..., 0, :]
+        k[..., keys // 2, :] = k[..., 0, :]
+        v[..., 0, :] = np.ldexp(1 + np.abs(v[..., 0, :]), 15)
+        v[..., keys // 2, :] = -v[..., 0, :]
     return tuple(from_values(t.astype(np.float32), dtype) for t in (q, k, v))  # type: ignore[return-value]
 
 
