@@ -4,8 +4,57 @@
 #include "../platform.h"
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 namespace detinfer {
 namespace {
+
+// The floating-point mode of the thread while kernels run: round to nearest, subnormals kept. A caller may have set
+// another one (torch.set_flush_denormal); it has it back afterwards.
+class DefaultFloatMode {
+ public:
+#if defined(__x86_64__)
+  DefaultFloatMode() : before_(_mm_getcsr()) {
+    if ((before_ & kMode) != 0) _mm_setcsr(before_ & ~kMode);
+  }
+  ~DefaultFloatMode() {
+    if ((before_ & kMode) != 0) _mm_setcsr(before_);
+  }
+
+ private:
+  static constexpr unsigned kMode = 0xe040;  // flush to zero, rounding, denormals are zero
+  unsigned before_;
+#elif defined(__aarch64__)
+  DefaultFloatMode() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
+    if ((before_ & kMode) != 0) __asm__ volatile("msr fpcr, %0" : : "r"(before_ & ~kMode));
+  }
+  ~DefaultFloatMode() {
+    if ((before_ & kMode) != 0) __asm__ volatile("msr fpcr, %0" : : "r"(before_));
+  }
+
+ private:
+  static constexpr uint64_t kMode = 0x3c80000;  // default NaN, flush to zero, rounding, fp16 flush to zero
+  uint64_t before_;
+#else
+  DefaultFloatMode() {}
+#endif
+  DefaultFloatMode(const DefaultFloatMode&) = delete;
+  DefaultFloatMode& operator=(const DefaultFloatMode&) = delete;
+};
+
+struct Task {
+  Body body;
+  void* context;
+};
+
+void run_task(int64_t begin, int64_t end, void* context) {
+  const DefaultFloatMode mode;
+  const Task& task = *static_cast<Task*>(context);
+  task.body(begin, end, task.context);
+}
 
 thread_local char last_error[512] = "";
 
@@ -59,7 +108,8 @@ int fail(Status status, const char* sentence) {
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, Body body, void* context) {
   if (begin >= end) return;
-  if (end - begin <= grain || threads() == 1 || torch_parallel_for(begin, end, grain, body, context) != 0)
+  Task task{body, context};
+  if (end - begin <= grain || threads() == 1 || torch_parallel_for(begin, end, grain, run_task, &task) != 0)
     body(begin, end, context);
 }
 
@@ -109,6 +159,7 @@ DETINFER_EXPORT void detinfer_set_threads(void* parallel_for_function, void* get
 #define DETINFER_ENTRY(family, Args)                                                    \
   DETINFER_EXPORT int detinfer_cpu_##family(const Args* args) {                         \
     if (args == nullptr) return fail(kBadArgument, #family ": no arguments were given"); \
+    const DefaultFloatMode mode;                                                        \
     return kernels().family(*args);                                                     \
   }
 DETINFER_ENTRY(matmul, MatmulArgs)
