@@ -9,8 +9,7 @@
 namespace detinfer {
 namespace {
 
-constexpr int64_t kPackedK = 384;         // k in a packed block, at most
-constexpr int64_t kGroup = 4;             // panels that share one pass over the rows
+constexpr int64_t kPackedK = 256;         // k in a packed block, at most: a weight block is 32 KiB
 constexpr int64_t kPackedRows = 1 << 22;  // floats of packed rows at a time, at most: 16 MiB
 constexpr int64_t kTaskCycles = 12000;    // a thread is not woken for less
 
@@ -27,7 +26,7 @@ template <DType T> struct Job {
   const Problem<T>& p;
   int64_t row0 = 0;         // first row of the chunk
   RowCut cut;               // the chunk's rows
-  float* packed = nullptr;  // [k][rows] for each row panel; pairs if `dot`
+  float* packed = nullptr;  // [k][kLanes] for each row panel; pairs if `dot`
   int64_t splits = 1;       // row blocks that are tasks of their own
   bool dot = false;
   int field_a = 512;  // least exponent field of the packed rows
@@ -36,11 +35,7 @@ template <DType T> struct Job {
   Job(const Problem<T>& problem, int64_t rows) : p(problem), cut(rows) {}
 
   int64_t depth() const { return dot ? quotient_up(p.k, 2) : p.k; }
-  // Packing writes up to kLanes floats past a panel's end: hence the gap.
-  float* panel_of_rows(int64_t i) const { return packed + cut.start(i) * depth() + i * kLanes; }
-  static int64_t packed_size(int64_t rows, int64_t depth) {
-    return rows * depth + (quotient_up(rows, kTileRows) + 1) * kLanes;
-  }
+  float* panel_of_rows(int64_t i) const { return packed + i * depth() * kLanes; }
   int64_t panels() const { return quotient_up(p.n, kPanel); }
   void fail_memory() { __atomic_store_n(&failed, 1, __ATOMIC_RELAXED); }
 };
@@ -62,20 +57,20 @@ template <DType T> void pack_rows(int64_t begin, int64_t end, void* context) {
     if constexpr (T == kBFloat16) {
       if (job.dot) {
         Exponents exponents;
-        pack_pairs(a, p.a_m, p.a_k, rows, p.k, kPadA, job.panel_of_rows(i), rows, exponents);
+        pack_pairs(a, p.a_m, p.a_k, rows, p.k, kPadA, job.panel_of_rows(i), kLanes, exponents);
         keep_least(&job.field_a, exponents.field());
         continue;
       }
     }
 #endif
-    pack_lanes<T>(a, p.a_m, p.a_k, rows, p.k, job.panel_of_rows(i), rows, 0);
+    pack_lanes<T>(a, p.a_m, p.a_k, rows, p.k, job.panel_of_rows(i), kLanes);
   }
 }
 
 // Scratch of a task. A pass cuts k into blocks of `block`.
 struct Pass {
-  float* weights;  // [kGroup][block][kPanel]
-  float* sums;     // [kGroup][rows of the task][kPanel]
+  float* weights;  // [block][kPanel]
+  float* sums;     // [rows of the task][kPanel]
   float* wide;     // an fp32 copy of one weight block and of one row block: where pairs cannot be used
   int64_t block;
 };
@@ -90,31 +85,31 @@ void pack_weights(const Problem<T>& p, int64_t panel, int64_t k0, int64_t k, flo
       return;
     }
     pack_lanes<T>(p.b + column * p.b_n + k0 * p.b_k, p.b_n, p.b_k, static_cast<int>(lanes), k, out + half * kLanes,
-                  kPanel, kPanel * p.b_n);
+                  kPanel);
   }
 }
 
-// Panels [panel, panel + count) times row panels [row_begin, row_end).
+// One weight panel times row panels [row_begin, row_end).
 template <DType T>
-void run_group(Job<T>& job, const Pass& pass, int64_t panel, int64_t count, int64_t row_begin, int64_t row_end) {
+void run_panel(Job<T>& job, const Pass& pass, int64_t panel, int64_t row_begin, int64_t row_end) {
   const Problem<T>& p = job.p;
   const int64_t first_row = job.cut.start(row_begin);
-  const int64_t rows_here = job.cut.start(row_end) - first_row;
+  const auto* weights = p.b + panel * kPanel * p.b_n;
+  const int columns = static_cast<int>(least(p.n - panel * kPanel, kPanel));
   int64_t k0 = 0;
   do {
     const int64_t k = least(pass.block, p.k - k0);
-    for (int64_t g = 0; g < count; g++)
-      pack_weights<T>(p, panel + g, k0, k, pass.weights + g * pass.block * kPanel);
+    pack_weights<T>(p, panel, k0, k, pass.weights);
+    // The first tile asks for the weights of the next block of k, or of the next panel.
+    const auto* next = k0 + k < p.k ? weights + (k0 + k) * p.b_k : weights + kPanel * p.b_n;
+    const int64_t size = sizeof(*next);
+    const Ahead ahead{reinterpret_cast<const char*>(next), p.b_n * size, k * size};
     for (int64_t i = row_begin; i < row_end; i++) {
-      const int rows = job.cut.rows(i);
-      for (int64_t g = 0; g < count; g++) {
-        float* sums = pass.sums + (g * rows_here + job.cut.start(i) - first_row) * kPanel;
-        run_tile(rows, k, job.panel_of_rows(i) + k0 * rows, pass.weights + g * pass.block * kPanel, sums, k0 > 0);
-        if (k0 + k < p.k) continue;
-        const int64_t column = (panel + g) * kPanel;
-        store_tile<T>(p, sums, job.row0 + job.cut.start(i), rows, column,
-                      static_cast<int>(least(p.n - column, kPanel)));
-      }
+      float* sums = pass.sums + (job.cut.start(i) - first_row) * kPanel;
+      run_tile(job.cut.rows(i), k, job.panel_of_rows(i) + k0 * kLanes, pass.weights, sums, k0 > 0,
+               i == row_begin && p.b_k == 1 ? &ahead : nullptr);
+      if (k0 + k == p.k)
+        store_tile<T>(p, sums, job.row0 + job.cut.start(i), job.cut.rows(i), panel * kPanel, columns);
     }
     k0 += k;
   } while (k0 < p.k);
@@ -135,39 +130,31 @@ inline void pack_weight_pairs(const Problem<kBFloat16>& p, int64_t panel, int64_
   }
 }
 
-// run_group() on pairs. A panel whose exponents forbid vdpbf16ps goes on with FMAs from that block of k to the end: the
+// run_panel() on pairs. A panel whose exponents forbid vdpbf16ps goes on with FMAs from that block of k to the end: the
 // sums so far are exact in both, the later ones need not be.
-inline void run_dot_group(Job<kBFloat16>& job, const Pass& pass, int64_t panel, int64_t count, int64_t row_begin,
-                          int64_t row_end) {
+inline void run_dot_panel(Job<kBFloat16>& job, const Pass& pass, int64_t panel, int64_t row_begin, int64_t row_end) {
   const Problem<kBFloat16>& p = job.p;
   const int64_t first_row = job.cut.start(row_begin);
-  const int64_t rows_here = job.cut.start(row_end) - first_row;
-  Exponents exponents[kGroup];
+  const int columns = static_cast<int>(least(p.n - panel * kPanel, kPanel));
+  float* const wide_rows = pass.wide + pass.block * kPanel;
+  Exponents exponents;
   int64_t k0 = 0;
   do {
     const int64_t k = least(pass.block, p.k - k0);
-    for (int64_t g = 0; g < count; g++)
-      pack_weight_pairs(p, panel + g, k0, k, pass.weights + g * pass.block * kPanel, exponents[g]);
-    for (int64_t g = 0; g < count; g++) {
-      const float* weights = pass.weights + g * pass.block * kPanel;
-      const bool exact = dot_is_exact(job.field_a, exponents[g].field());
-      float* wide_rows = pass.wide + pass.block * kPanel;
-      if (!exact) widen_pairs(weights, kPanel, k, pass.wide);
-      for (int64_t i = row_begin; i < row_end; i++) {
-        const int rows = job.cut.rows(i);
-        const float* a = job.panel_of_rows(i) + k0 / 2 * rows;
-        float* sums = pass.sums + (g * rows_here + job.cut.start(i) - first_row) * kPanel;
-        if (exact) {
-          run_dot_tile(rows, quotient_up(k, 2), a, weights, sums, k0 > 0);
-        } else {
-          widen_pairs(a, rows, k, wide_rows);
-          run_tile(rows, k, wide_rows, pass.wide, sums, k0 > 0);
-        }
-        if (k0 + k < p.k) continue;
-        const int64_t column = (panel + g) * kPanel;
-        store_tile<kBFloat16>(p, sums, job.row0 + job.cut.start(i), rows, column,
-                              static_cast<int>(least(p.n - column, kPanel)));
+    pack_weight_pairs(p, panel, k0, k, pass.weights, exponents);
+    const bool exact = dot_is_exact(job.field_a, exponents.field());
+    if (!exact) widen_pairs(pass.weights, kPanel, k, pass.wide);
+    for (int64_t i = row_begin; i < row_end; i++) {
+      const int rows = job.cut.rows(i);
+      const float* a = job.panel_of_rows(i) + k0 / 2 * kLanes;
+      float* sums = pass.sums + (job.cut.start(i) - first_row) * kPanel;
+      if (exact) {
+        run_dot_tile(rows, quotient_up(k, 2), a, pass.weights, sums, k0 > 0);
+      } else {
+        widen_pairs(a, kLanes, k, wide_rows);
+        run_tile(rows, k, wide_rows, pass.wide, sums, k0 > 0);
       }
+      if (k0 + k == p.k) store_tile<kBFloat16>(p, sums, job.row0 + job.cut.start(i), rows, panel * kPanel, columns);
     }
     k0 += k;
   } while (k0 < p.k);
@@ -181,32 +168,27 @@ template <DType T> void run_tasks(int64_t begin, int64_t end, void* context) {
   Pass pass;
   pass.block = quotient_up(quotient_up(job.p.k, blocks), kBlock<T>) * kBlock<T>;
   const int64_t rows_most = quotient_up(job.cut.panels, job.splits) * kTileRows;
-  const int64_t weights_size = kGroup * pass.block * kPanel;
-  const int64_t sums_size = kGroup * rows_most * kPanel;
-  const int64_t wide_size = job.dot ? pass.block * (kPanel + kTileRows) : 0;
+  const int64_t weights_size = pass.block * kPanel;
+  const int64_t sums_size = rows_most * kPanel;
+  const int64_t wide_size = job.dot ? pass.block * (kPanel + kLanes) : 0;
   static thread_local Scratch scratch;
   pass.weights = scratch.get(weights_size + sums_size + wide_size);
   if (pass.weights == nullptr) return job.fail_memory();
   pass.sums = pass.weights + weights_size;
   pass.wide = pass.sums + sums_size;
-  const int64_t panels = job.panels();
-  while (begin < end) {
-    const int64_t split = begin / panels, panel = begin % panels;
-    const int64_t left = least(end - begin, panels - panel);
-    const int64_t count = quotient_up(left, quotient_up(left, kGroup));
+  for (int64_t task = begin; task < end; task++) {
+    const int64_t split = task / job.panels(), panel = task % job.panels();
     const int64_t row_begin = job.cut.panels * split / job.splits;
     const int64_t row_end = job.cut.panels * (split + 1) / job.splits;
 #ifdef DETINFER_LEVEL_avx512_bf16
     if constexpr (T == kBFloat16) {
       if (job.dot) {
-        run_dot_group(job, pass, panel, count, row_begin, row_end);
-        begin += count;
+        run_dot_panel(job, pass, panel, row_begin, row_end);
         continue;
       }
     }
 #endif
-    run_group<T>(job, pass, panel, count, row_begin, row_end);
-    begin += count;
+    run_panel<T>(job, pass, panel, row_begin, row_end);
   }
 }
 
@@ -219,7 +201,7 @@ template <DType T> int blocks(const Problem<T>& p, bool dot) {
     Job<T> job(p, rows);
     job.row0 = row0;
     job.dot = dot;
-    job.packed = scratch.get(Job<T>::packed_size(rows, depth));
+    job.packed = scratch.get(job.cut.panels * depth * kLanes);
     if (job.packed == nullptr) return fail(kOutOfMemory, "matmul: no memory for packed rows");
     parallel_for(0, job.cut.panels, most(1, 4 * kTaskCycles / (p.k * kTileRows + 1)), pack_rows<T>, &job);
     const int64_t workers = threads();

@@ -98,7 +98,7 @@ template <int R> void dot_tile(int64_t pairs, const float* a, const float* b, fl
     acc[r][0] = resume ? _mm512_loadu_ps(c + r * kPanel) : _mm512_setzero_ps();
     acc[r][1] = resume ? _mm512_loadu_ps(c + r * kPanel + kLanes) : _mm512_setzero_ps();
   }
-  for (; pairs > 0; pairs--, a += R, b += kPanel) {
+  for (; pairs > 0; pairs--, a += kLanes, b += kPanel) {
     const __m512bh low = (__m512bh)_mm512_loadu_ps(b);
     const __m512bh high = (__m512bh)_mm512_loadu_ps(b + kLanes);
 #pragma GCC unroll 14
@@ -132,13 +132,13 @@ inline int64_t nanoseconds() {
 // True if one vdpbf16ps takes less time than the two FMAs that it stands for. It is so on AMD Zen 4 and 5, and the
 // other way round on Intel without AMX. The bits are the same either way.
 inline bool dot_is_faster() {
-  alignas(64) float a[64 * 8] = {}, b[64 * kPanel] = {}, c[8 * kPanel];
+  alignas(64) float a[64 * kLanes] = {}, b[64 * kPanel] = {}, c[8 * kPanel];
   int64_t best[2] = {INT64_MAX, INT64_MAX};
   for (int repeat = 0; repeat < 12; repeat++) {
     for (int way = 0; way < 2; way++) {
       const int64_t start = nanoseconds();
       for (int i = 0; i < 4; i++) {
-        if (way == 0) tile<8>(64, a, b, c, false);
+        if (way == 0) tile<8>(64, a, b, c, false, nullptr);
         else dot_tile<8>(32, a, b, c, false);
       }
       best[way] = least(best[way], nanoseconds() - start);

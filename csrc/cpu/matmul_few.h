@@ -18,15 +18,10 @@ template <DType T, int R> void few_columns(const FewJob<T>& job, int64_t column,
   float sums[4 * R * kPanel];
   const auto* b = p.b + column * p.b_n;
   if (p.b_k == 1) {
-    constexpr int P = R <= 2 ? 4 : R <= 4 ? 2 : 1;
-    if (P == 4 && tiles == 2) {
-      few<T, R, P>(p.k, job.rows, b, p.b_n, 2 * kPanel * p.b_n, sums);
-    } else {
-      constexpr int Q = P == 4 ? 2 : P;
-      for (int lane = 0; lane < tiles * kPanel; lane += Q * kLanes)
-        few<T, R, Q>(p.k, job.rows, b + lane * p.b_n, p.b_n, kPanel * p.b_n,
-                     sums + lane / kPanel * R * kPanel + lane % kPanel);
-    }
+    constexpr int P = R > 1 && R <= 4 ? 2 : 1;
+    for (int lane = 0; lane < tiles * kPanel; lane += P * kLanes)
+      few<T, R, P>(p.k, job.rows, b + lane * p.b_n, p.b_n, P * kLanes * p.b_n,
+                   sums + lane / kPanel * R * kPanel + lane % kPanel);
   } else {
     if (R == 1 && tiles == 4) direct<T, R, R == 1 ? 8 : 2>(p.k, job.rows, b, p.b_k, sums);
     else
@@ -44,7 +39,7 @@ template <DType T, int R = kFewRows> void few_rows(const FewJob<T>& job, int64_t
 
 template <DType T> void run_few(int64_t begin, int64_t end, void* context) {
   FewJob<T>& job = *static_cast<FewJob<T>*>(context);
-  const int64_t widest = job.p.b_k == 1 ? 2 : job.p.m == 1 ? 4 : 1;
+  const int64_t widest = job.p.b_k != 1 && job.p.m == 1 ? 4 : 1;
   while (begin < end) {
     const int64_t left = end - begin;
     const int tiles = static_cast<int>(left >= widest ? widest : 1);
@@ -62,9 +57,9 @@ template <DType T> int few_product(const Problem<T>& p) {
     if (T == kFloat32 && p.m == 1 && p.a_k == 1) {
       job.rows = reinterpret_cast<const float*>(p.a);
     } else {
-      float* rows = scratch.get(Job<T>::packed_size(p.m, p.k));
+      float* rows = scratch.get(p.m * p.k + kLanes);  // packing writes whole vectors
       if (rows == nullptr) return fail(kOutOfMemory, "matmul: no memory for packed rows");
-      pack_lanes<T>(p.a, p.a_m, p.a_k, static_cast<int>(p.m), p.k, rows, p.m, 0);
+      pack_lanes<T>(p.a, p.a_m, p.a_k, static_cast<int>(p.m), p.k, rows, p.m);
       job.rows = rows;
     }
     parallel_for(0, panels, most(1, kTaskCycles / (16 * p.k + 1)), run_few<T>, &job);

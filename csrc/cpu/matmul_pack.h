@@ -115,12 +115,10 @@ template <DType T> inline void load_rest(const typename Storage<T>::type* p, int
 
 template <DType T, bool Full>
 inline void pack_transposed(const typename Storage<T>::type* p, int64_t ld, int last, int64_t k, float* out,
-                            int64_t step, int64_t ahead) {
+                            int64_t step) {
   F t[kLanes];
   int64_t done = 0;
   for (; done + kBlock<T> <= k; done += kBlock<T>) {
-    if (ahead != 0)
-      for (int r = 0; r < kLanes; r++) __builtin_prefetch(p + done + r * ld + ahead, 0, 2);
     load_rows<T, Full>(p + done, ld, last, t);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++)
@@ -146,15 +144,15 @@ template <DType T> inline void widen_row(const typename Storage<T>::type* p, int
 
 // Writes kLanes floats at out, out + step, ... for k = 0, 1, ...; the first `lanes` of them are the operand's, the
 // others are not used. With step < kLanes each write overlaps the next, so `out` needs kLanes - step floats more at
-// its end. `ahead`: elements from here to what will be packed next, which is asked for from memory now (0: nothing).
+// its end.
 template <DType T>
 inline void pack_lanes(const typename Storage<T>::type* p, int64_t lane_stride, int64_t k_stride, int lanes, int64_t k,
-                       float* out, int64_t step, int64_t ahead) {
+                       float* out, int64_t step) {
   if (k_stride == 1 && lanes == 1 && step == 1) {
     widen_row<T>(p, k, out);
   } else if (k_stride == 1) {
-    if (lanes == kLanes) pack_transposed<T, true>(p, lane_stride, lanes - 1, k, out, step, ahead);
-    else pack_transposed<T, false>(p, lane_stride, lanes - 1, k, out, step, ahead);
+    if (lanes == kLanes) pack_transposed<T, true>(p, lane_stride, lanes - 1, k, out, step);
+    else pack_transposed<T, false>(p, lane_stride, lanes - 1, k, out, step);
   } else if (lane_stride == 1 && lanes == kLanes) {
     for (int64_t i = 0; i < k; i++) store(out + i * step, load_as<T>(p + i * k_stride));
   } else {
