@@ -23,10 +23,13 @@ enum ElementwiseOp : int32_t {
   kSin,
   kCos,
   kRsqrt,
+  kSqrt,
   kUnaryOps,        // those above have one operand and no parameter
   kSoftplus = 32,   // a = beta, b = threshold
   kPow,             // y null: the exponent is a; x null: the base is a
   kAddScaled,       // x + a * y: the product is rounded to fp32, then the sum; y null: x + a * b
+  kMaximum,         // NaN wins, +0 > -0
+  kMinimum,
 };
 
 struct ElementwiseArgs {

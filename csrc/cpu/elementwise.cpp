@@ -22,6 +22,7 @@ template <int op> inline F unary(F x) {
   else if constexpr (op == kSigmoid) return sigmoid(x);
   else if constexpr (op == kExp) return exp(x);
   else if constexpr (op == kRsqrt) return rsqrt(x);
+  else if constexpr (op == kSqrt) return square_root(x);
   else if constexpr (op == kSin) return sine_or_cosine(x, 0);
   else if constexpr (op == kCos) return sine_or_cosine(x, 1);
   else if constexpr (op == kGelu) return in_double<gelu>(x);
@@ -69,7 +70,7 @@ void unary_body(int64_t begin, int64_t end, void* context) {
   {unary_range<T, 0>,  unary_range<T, 1>,  unary_range<T, 2>,  unary_range<T, 3>,  unary_range<T, 4>,               \
    unary_range<T, 5>,  unary_range<T, 6>,  unary_range<T, 7>,  unary_range<T, 8>,  unary_range<T, 9>,               \
    unary_range<T, 10>, unary_range<T, 11>, unary_range<T, 12>, unary_range<T, 13>, unary_range<T, 14>,              \
-   unary_range<T, 15>, unary_range<T, 16>}
+   unary_range<T, 15>, unary_range<T, 16>, unary_range<T, 17>}
 const Range kRanges[3][kUnaryOps] = {DETINFER_RANGES(kFloat32), DETINFER_RANGES(kBFloat16), DETINFER_RANGES(kFloat16)};
 #undef DETINFER_RANGES
 
@@ -77,7 +78,7 @@ const Range kRanges[3][kUnaryOps] = {DETINFER_RANGES(kFloat32), DETINFER_RANGES(
 uint16_t* tables[3][kUnaryOps];
 
 bool uses_table(const ElementwiseArgs& args) {
-  const bool quick = args.op == kSilu || args.op == kSigmoid || args.op == kExp;
+  const bool quick = args.op == kSilu || args.op == kSigmoid || args.op == kExp || args.op == kSqrt;
   return args.dtype != kFloat32 && !quick && args.count >= kTableWorth;
 }
 
@@ -137,6 +138,10 @@ template <DType T, int op> void binary_body(int64_t begin, int64_t end, void* co
         const Pair u = widen(base), v = widen(exponent);
         result = narrow(pow(u.low, v.low), pow(u.high, v.high));
       }
+    } else if constexpr (op == kMaximum) {
+      result = greater(take(x, 0.0f), take(y, 0.0f));
+    } else if constexpr (op == kMinimum) {
+      result = lesser(take(x, 0.0f), take(y, 0.0f));
     } else {
       result = take(x, 0.0f) + a * take(y, b);
     }
@@ -145,22 +150,22 @@ template <DType T, int op> void binary_body(int64_t begin, int64_t end, void* co
   });
 }
 
-template <int op> Body binary(int32_t dtype) {
-  return dtype == kFloat32 ? binary_body<kFloat32, op>
-         : dtype == kBFloat16 ? binary_body<kBFloat16, op> : binary_body<kFloat16, op>;
+template <DType T> Body binary(int32_t op) {
+  return op == kSoftplus    ? binary_body<T, kSoftplus>
+         : op == kPow       ? binary_body<T, kPow>
+         : op == kAddScaled ? binary_body<T, kAddScaled>
+         : op == kMaximum   ? binary_body<T, kMaximum>
+         : op == kMinimum   ? binary_body<T, kMinimum> : nullptr;
 }
 
 }  // namespace
 
 int elementwise(const ElementwiseArgs& args) {
   if (args.dtype < 0 || args.dtype > 2) return fail(kBadArgument, "elementwise: no such dtype");
-  void* context = const_cast<ElementwiseArgs*>(&args);
-  if (args.op == kSoftplus) {
-    parallel_for(0, args.count, kGrain, binary<kSoftplus>(args.dtype), context);
-  } else if (args.op == kPow) {
-    parallel_for(0, args.count, kGrain, binary<kPow>(args.dtype), context);
-  } else if (args.op == kAddScaled) {
-    parallel_for(0, args.count, kGrain, binary<kAddScaled>(args.dtype), context);
+  const Body body = args.dtype == kFloat32    ? binary<kFloat32>(args.op)
+                    : args.dtype == kBFloat16 ? binary<kBFloat16>(args.op) : binary<kFloat16>(args.op);
+  if (body != nullptr) {
+    parallel_for(0, args.count, kGrain, body, const_cast<ElementwiseArgs*>(&args));
   } else if (args.op < 0 || args.op >= kUnaryOps) {
     return fail(kBadArgument, "elementwise: no such operation");
   } else if (uses_table(args)) {

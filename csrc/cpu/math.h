@@ -37,6 +37,16 @@ inline F at_most(F v, float high) {
 #endif
 }
 
+// The contract's MAX and MIN: NaN wins, +0 is greater than -0. (Equal operands differ in the sign of a zero at most.)
+inline F greater(F a, F b) {
+  const F r = a == b ? (F)((U)a & (U)b) : (a > b ? a : b);
+  return a == a ? (b == b ? r : b) : a;
+}
+inline F lesser(F a, F b) {
+  const F r = a == b ? (F)((U)a | (U)b) : (a < b ? a : b);
+  return a == a ? (b == b ? r : b) : a;
+}
+
 inline F square_root(F v) {
 #if DETINFER_LANES == 16
   return (F)_mm512_sqrt_ps((__m512)v);

@@ -68,11 +68,51 @@ template <class Term> inline float sum_of_squares(int64_t n, const Term& term) {
   }));
 }
 
+// The order-free reductions, lane by lane in any order.
+template <class Term> inline float extreme(int32_t op, int64_t n, const Term& term) {
+  F lanes = term(0, n < kLanes ? static_cast<int>(n) : kLanes);
+  each_vector(n, [&](int64_t i, int count) { lanes = op == kMax ? greater(lanes, term(i, count)) : lesser(lanes, term(i, count)); });
+  float both[2 * kLanes];
+  for (int half = kLanes / 2; half >= 1; half /= 2) {
+    store(both, lanes);
+    store(both + kLanes, lanes);
+    lanes = op == kMax ? greater(lanes, load(both + half)) : lesser(lanes, load(both + half));
+  }
+  return lanes[0];
+}
+
 template <DType T> void reduce_row(const RowsArgs& args, int64_t row) {
   const Element<T>* x = static_cast<const Element<T>*>(args.x) + row * args.n;
-  // The sum of no terms is +0, as in torch.
-  const float sum = args.n == 0 ? 0.0f : sum_of(args.n, [=](int64_t i, int count) { return take<T>(x + i, count, -0.0f); });
-  put_one(args.out, args.out_dtype, row, args.op == kMean ? sum / static_cast<float>(args.n) : sum);
+  float result;
+  if (args.op == kMax || args.op == kMin) {
+    const float least = args.op == kMax ? -__builtin_inff() : __builtin_inff();
+    result = extreme(args.op, args.n, [=](int64_t i, int count) { return take<T>(x + i, count, least); });
+  } else {
+    // The sum of no terms is +0, as in torch.
+    result = args.n == 0 ? 0.0f : sum_of(args.n, [=](int64_t i, int count) { return take<T>(x + i, count, -0.0f); });
+    if (args.op == kMean) result = result / static_cast<float>(args.n);
+  }
+  put_one(args.out, args.out_dtype, row, result);
+}
+
+// `count` neighbouring columns at once: a vector holds one term of each, and row_sum runs on lanes of such vectors.
+template <DType T, DType O> void reduce_columns(const RowsArgs& args, int64_t outer, int64_t column, int count) {
+  const Element<T>* x = static_cast<const Element<T>*>(args.x) + outer * args.n * args.inner + column;
+  Element<O>* out = static_cast<Element<O>*>(args.out) + outer * args.inner + column;
+  F result;
+  if (args.op == kMax || args.op == kMin) {
+    result = take<T>(x, count, 0.0f);
+    for (int64_t i = 1; i < args.n; i++) {
+      const F v = take<T>(x + i * args.inner, count, 0.0f);
+      result = args.op == kMax ? greater(result, v) : lesser(result, v);
+    }
+  } else {
+    result = args.n == 0 ? F{} : row_sum<F, 1>(args.n, broadcast(-0.0f), [=](F sum, int64_t i, int) {
+      return sum + take<T>(x + i * args.inner, count, 0.0f);
+    });
+    if (args.op == kMean) result = result / static_cast<float>(args.n);
+  }
+  put<O>(out, result, count);
 }
 
 template <DType T> float greatest(const Element<T>* x, int64_t n) {
@@ -187,6 +227,14 @@ template <DType T, DType O> void body(int64_t begin, int64_t end, void* context)
       return;
     }
   }
+  if (args.inner > 1) {  // a task is one vector of columns
+    const int64_t across = (args.inner + kLanes - 1) / kLanes;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t column = i % across * kLanes, left = args.inner - column;
+      reduce_columns<T, O>(args, i / across, column, left < kLanes ? static_cast<int>(left) : kLanes);
+    }
+    return;
+  }
   for (int64_t row = begin; row < end; row++) {
     if (args.op == kSoftmax) softmax_row<T, O>(args, row, scratch);
     else if (args.op == kLogSoftmax) log_softmax_row<T, O>(args, row);
@@ -231,13 +279,17 @@ int rows(const RowsArgs& args) {
   const Body run = body_for(args.dtype, args.out_dtype);
   if (run == nullptr) return fail(kBadArgument, "rows: the output's dtype is neither the input's nor fp32");
   if (args.op < kSum || args.op > kLayerNorm) return fail(kBadArgument, "rows: no such operation");
+  if (args.n == 0 && (args.op == kMax || args.op == kMin)) return fail(kBadArgument, "rows: no elements to choose from");
+  if (args.inner > 1 && args.op > kMin) return fail(kBadArgument, "rows: this operation runs along contiguous rows");
   Task task{&args, nullptr, nullptr, false};
   float *weight = nullptr, *bias = nullptr;
   const bool ready = as_float(args.weight, args.weight_dtype, args.n, &task.weight, &weight) &&
                      as_float(args.bias, args.weight_dtype, args.n, &task.bias, &bias);
   if (ready) {
-    const int64_t grain = 16384 / (args.n + 1) + 1;
-    parallel_for(0, args.rows, grain, run, &task);
+    const bool columns = args.inner > 1;
+    const int64_t tasks = columns ? args.rows / args.inner * ((args.inner + kLanes - 1) / kLanes) : args.rows;
+    const int64_t grain = 16384 / (columns ? args.n * kLanes + 1 : args.n + 1) + 1;
+    parallel_for(0, tasks, grain, run, &task);
   }
   std::free(weight);
   std::free(bias);

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,19 +20,35 @@ from detinfer import native
 from detinfer.ops.evidence import WIDTHS, Evidence, every_exponent, from_values, to_values
 from detinfer.ops.ieee import IEEE, prove_ieee
 from detinfer.reference import elementwise as reference
+from detinfer.reference.arithmetic import Float
 
 __all__ = ["COVERED", "IEEE", "REDUCES", "add_scaled", "prove", "prove_ieee"]
 
 Scalar = bool | int | float
 
-# The numbers of csrc/elementwise.h.
-OPS = {
-    name: i
-    for i, name in enumerate(
-        "silu gelu gelu_tanh sigmoid tanh exp exp2 expm1 log log2 log10 log1p erf erfc sin cos rsqrt".split()
-    )
-}
-_SOFTPLUS, _POW, _ADD_SCALED = 32, 33, 34
+# In the order of csrc/elementwise.h, whose numbers these are.
+UNARY = (
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "sigmoid",
+    "tanh",
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log2",
+    "log10",
+    "log1p",
+    "erf",
+    "erfc",
+    "sin",
+    "cos",
+    "rsqrt",
+    "sqrt",
+)
+OPS = {name: number for number, name in enumerate(UNARY)}
+_SOFTPLUS, _POW, _ADD_SCALED, _MAXIMUM, _MINIMUM = range(32, 37)
 
 
 class _Args(ctypes.Structure):
@@ -106,6 +123,7 @@ erfc = _unary("erfc", integers=True)
 sin = _unary("sin", integers=True)
 cos = _unary("cos", integers=True)
 rsqrt = _unary("rsqrt", integers=True)
+sqrt = _unary("sqrt", integers=True)
 _gelu = _unary("gelu", integers=False)
 _gelu_tanh = _unary("gelu_tanh", integers=False)
 
@@ -152,9 +170,45 @@ def _pow(base: torch.Tensor | Scalar, exponent: torch.Tensor | Scalar, dtype: to
     if not isinstance(base, torch.Tensor):
         y = exponent.to(dtype).contiguous()
         return _call(_POW, torch.empty_like(y), None, y, where, float(base))
-    x, y = torch.broadcast_tensors(base.to(dtype), exponent.to(dtype))
-    x, y = x.contiguous(), y.contiguous()
-    return _call(_POW, torch.empty_like(x), x, y, where)
+    return _binary(_POW, base, exponent, dtype, where)
+
+
+def _binary(op: int, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, where: str, a: float = 0) -> torch.Tensor:
+    shape: torch.Size = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
+    x, y = x.to(dtype).expand(shape).contiguous(), y.to(dtype).expand(shape).contiguous()
+    return _call(op, torch.empty_like(x), x, y, where, a)
+
+
+def _extreme(op: int, x: torch.Tensor, y: torch.Tensor, where: str) -> Any:
+    dtype = torch.result_type(x, y)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return NotImplemented
+    native.dtype_code(dtype, where)
+    return _binary(op, x, y, dtype, where)
+
+
+def maximum(self: torch.Tensor, other: torch.Tensor) -> Any:
+    """aten::maximum: NaN wins, and +0 is greater than -0 (torch's answer depends on where in the tensor they lie)."""
+    return _extreme(_MAXIMUM, self, other, "aten::maximum")
+
+
+def minimum(self: torch.Tensor, other: torch.Tensor) -> Any:
+    """aten::minimum: NaN wins, and -0 is less than +0."""
+    return _extreme(_MINIMUM, self, other, "aten::minimum")
+
+
+def clamp_tensor(
+    self: torch.Tensor,
+    min: torch.Tensor | None = None,
+    max: torch.Tensor | None = None,
+) -> Any:
+    """aten::clamp.Tensor: minimum(maximum(x, min), max)."""
+    result: Any = self
+    if min is not None:
+        result = maximum(result, min)
+    if max is not None and result is not NotImplemented:
+        result = minimum(result, max)
+    return result.clone() if result is self else result
 
 
 def add_scaled(self: torch.Tensor, other: torch.Tensor | Scalar, alpha: Scalar) -> torch.Tensor:
@@ -169,9 +223,7 @@ def add_scaled(self: torch.Tensor, other: torch.Tensor | Scalar, alpha: Scalar) 
     if not isinstance(other, torch.Tensor):
         x = self.to(dtype).contiguous()
         return _call(_ADD_SCALED, torch.empty_like(x), x, None, where, float(alpha), float(other))
-    x, y = torch.broadcast_tensors(self.to(dtype), other.to(dtype))
-    x, y = x.contiguous(), y.contiguous()
-    return _call(_ADD_SCALED, torch.empty_like(x), x, y, where, float(alpha))
+    return _binary(_ADD_SCALED, self, other, dtype, where, float(alpha))
 
 
 COVERED: dict[str, Callable[..., Any]] = {
@@ -192,14 +244,59 @@ COVERED: dict[str, Callable[..., Any]] = {
     "aten::sin": sin,
     "aten::cos": cos,
     "aten::rsqrt": rsqrt,
+    "aten::sqrt": sqrt,
     "aten::pow.Tensor_Scalar": pow_tensor_scalar,
     "aten::pow.Scalar": pow_scalar,
     "aten::pow.Tensor_Tensor": pow_tensor_tensor,
+    "aten::maximum": maximum,
+    "aten::minimum": minimum,
+    "aten::clamp.Tensor": clamp_tensor,
+    "aten::clamp_min.Tensor": maximum,
+    "aten::clamp_max.Tensor": minimum,
 }
 """Operations that this family computes, each with its function."""
 
 REDUCES: frozenset[str] = frozenset()
 """None of them contains a reduction."""
+
+
+_BINARY: dict[str, Callable[..., Any]] = {
+    "aten::pow.Tensor_Tensor": reference.power_of,
+    "aten::maximum": reference.maximum,
+    "aten::minimum": reference.minimum,
+    "aten::clamp.Tensor": reference.maximum,
+    "aten::clamp_min.Tensor": reference.maximum,
+    "aten::clamp_max.Tensor": reference.minimum,
+}
+
+
+Call = Callable[[torch.Tensor], torch.Tensor]
+Truth = Callable[[Float], Float]
+
+
+def _cases(op: str, dtype: torch.dtype, x: torch.Tensor) -> list[tuple[Call, Truth]]:
+    """Each way of calling the operation on a tensor, and the truth from its values."""
+    if op == "aten::gelu":
+        return [(_gelu, reference.UNARY["gelu"]), (_gelu_tanh, reference.UNARY["gelu_tanh"])]
+    if op == "aten::softplus":
+        return [(partial(softplus, beta=b), partial(reference.softplus, beta=b)) for b in (1, 0.3)]
+    if op == "aten::pow.Tensor_Scalar":
+        exponents = [(y, _rounded(y, dtype)) for y in (2.0, -1.0, 0.3)]
+        return [(partial(pow_tensor_scalar, exponent=y), partial(reference.power_of, y=r)) for y, r in exponents]
+    if op == "aten::pow.Scalar":
+        bases = [(b, _rounded(b, dtype)) for b in (10000.0, -2.0)]
+        return [(partial(pow_scalar, b), partial(reference.power_of, r)) for b, r in bases]
+    if op in _BINARY:
+        y = x.flip(0).clone()
+        y[::3] = 2.0
+        y[1:16] = torch.tensor([0.0, -0.0, 3.0], dtype=dtype).repeat(5)
+        values, two = to_values(y), _BINARY[op]
+        return [(lambda v: COVERED[op](v, y[: len(v)]), lambda v: two(v, values[: len(v)]))]
+    return [(COVERED[op], reference.UNARY[op.removeprefix("aten::")])]
+
+
+def _rounded(value: float, dtype: torch.dtype) -> Any:
+    return to_values(from_values([value], dtype))[0]
 
 
 def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
@@ -209,34 +306,12 @@ def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
     """
     native.dtype_code(dtype, op)
     evidence = Evidence(op, dtype)
-    function = COVERED[op]
     x = every_exponent(dtype)
-    calls: list[tuple[Callable[[torch.Tensor], torch.Tensor], Any]] = []
-    if op == "aten::gelu":
-        calls = [(gelu, reference.UNARY["gelu"]), (_gelu_tanh, reference.UNARY["gelu_tanh"])]
-    elif op == "aten::softplus":
-        calls = [(lambda v, b=b: softplus(v, b), functools.partial(reference.softplus, beta=b)) for b in (1, 0.3)]
-    elif op == "aten::pow.Tensor_Scalar":
-        for y in (2.0, -1.0, 0.3):
-            (rounded,) = to_values(from_values([y], dtype))
-            calls.append((lambda v, y=y: function(v, y), lambda v, y=rounded: reference.power_of(v, y)))
-    elif op == "aten::pow.Scalar":
-        for base in (10000.0, -2.0):
-            (rounded,) = to_values(from_values([base], dtype))
-            calls.append((lambda v, b=base: function(b, v), lambda v, b=rounded: reference.power_of(b, v)))
-    elif op == "aten::pow.Tensor_Tensor":
-        y = x.flip(0).clone()
-        y[::3] = 2.0
-        y[1::3] = (y[1::3] * 0 + 3.0).nan_to_num(3.0)
-        values = to_values(y)
-        calls = [(lambda v: function(v, y[: len(v)]), lambda v: reference.power_of(v, values[: len(v)]))]
-    else:
-        calls = [(function, reference.UNARY[op.removeprefix("aten::")])]
-    for call, truth in calls:
+    for call, truth in _cases(op, dtype, x):
         expected = from_values(reference.quiet(truth)(to_values(x)), dtype)
         evidence.expect(call(x), expected, "all of them")
         for width in WIDTHS:
             evidence.expect(call(x[:width]), expected[:width], f"width {width}")
-        if op != "aten::pow.Tensor_Tensor":
+        if op not in _BINARY:
             evidence.expect(call(x.repeat(6))[-len(x) :], expected, "a large tensor")
     return evidence.total()

@@ -22,6 +22,9 @@ REFERENCE_NAME: dict[torch.dtype, DType] = {
 }
 
 
+_FEW = np.array([1, -1, 2, -2, 0.5, 3], np.float32)
+
+
 def from_bits(bits: Bits, dtype: torch.dtype) -> torch.Tensor:
     """A tensor with these bytes: uint32 for fp32, uint16 for bf16 and fp16."""
     signed = np.asarray(bits, order="C").view(np.int32 if dtype is torch.float32 else np.int16)
@@ -77,12 +80,12 @@ def every_exponent(dtype: torch.dtype, count: int = 3000) -> torch.Tensor:
     """
     if dtype is torch.float32:
         special = np.array([0, 1, 0x00800000, 0x007FFFFF, 0x7F7FFFFF, 0x7F800000, 0x7FC00001, 0x7F800001], np.uint32)
-        special = np.concatenate([special, special | 0x80000000, np.float32([1, -1, 2, -2, 0.5, 3]).view(np.uint32)])
+        special = np.concatenate([special, special | 0x80000000, _FEW.view(np.uint32)])
         spread = np.arange(count - len(special), dtype=np.uint64) * (0xFFFFFFFF // count) + 77
         return from_bits(np.concatenate([special, spread.astype(np.uint32)]), dtype)
     name = REFERENCE_NAME[dtype]
-    one = store(np.float32([1, -1, 2, -2, 0.5, 3]), name)
-    infinity = int(store(np.float32([np.inf]), name)[0])
+    one = store(_FEW, name)
+    infinity = int(store(np.array([np.inf], np.float32), name)[0])
     special = np.array([0, 1, infinity - 1, infinity, infinity + 1, CANONICAL_NAN[name]], np.uint16)
     special = np.concatenate([special, special | 0x8000, one])
     spread = np.arange(count - len(special), dtype=np.uint64) * (0xFFFF // count) + 7

@@ -19,7 +19,11 @@ from detinfer import native
 from detinfer.errors import UsageError
 from detinfer.ops import rows_proof
 
-OPS = {"sum": 0, "mean": 1, "softmax": 2, "log_softmax": 3, "rms_norm": 4, "layer_norm": 5}
+# In the order of csrc/rows.h, whose numbers these are.
+OPS = {
+    name: number
+    for number, name in enumerate(("sum", "mean", "max", "min", "softmax", "log_softmax", "rms_norm", "layer_norm"))
+}
 WEIGHT_MODES = {"llama": 0, "fp32": 1, "gemma": 2}
 RESIDUAL_MODES = {"R": 0, "U": 1}
 
@@ -39,6 +43,7 @@ class _Args(ctypes.Structure):
         ("residual_mode", ctypes.c_int32),
         ("rows", ctypes.c_int64),
         ("n", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
         ("x", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
@@ -89,7 +94,9 @@ def _dimensions(dim: int | Sequence[int] | None, ndim: int) -> list[int]:
     found = []
     for d in [dim] if isinstance(dim, int) else dim:
         if not -max(ndim, 1) <= d < max(ndim, 1):
-            raise IndexError(f"Dimension out of range (expected to be in [{-max(ndim, 1)}, {max(ndim, 1) - 1}], got {d})")
+            raise IndexError(
+                f"Dimension out of range (expected to be in [{-max(ndim, 1)}, {max(ndim, 1) - 1}], got {d})"
+            )
         found.append(d % max(ndim, 1))
     if len(set(found)) != len(found):
         raise RuntimeError(f"a dim appears multiple times in the list of dims {found}")
@@ -113,12 +120,19 @@ def _reduce(
         kept = [d for d in range(ndim) if d not in reduced]
     sizes = x.shape
     shape = [1 if d in reduced else sizes[d] for d in range(ndim)] if keepdim else [sizes[d] for d in kept]
+    n = math.prod(sizes[d] for d in reduced)
+    if n == 0 and op in ("max", "min"):
+        raise IndexError(f"{where}: no elements to choose from in dimensions {reduced} of {list(sizes)}")
+    inner = 1
     if kept and reduced and reduced[0] < kept[-1]:
-        x = x.permute(kept + reduced)
+        if reduced[-1] - reduced[0] == len(reduced) - 1:  # neighbours: the kernel steps over what follows them
+            inner = math.prod(sizes[reduced[-1] + 1 :])
+        else:
+            x = x.permute(kept + reduced)
     x = x.contiguous()
     out = torch.empty(shape, dtype=out_dtype)
     args = _Args(OPS[op], native.DTYPES[x.dtype], native.DTYPES[out_dtype])
-    args.rows, args.n = out.numel(), math.prod(sizes[d] for d in reduced)
+    args.rows, args.n, args.inner = out.numel(), n, inner
     args.x, args.out = x.data_ptr(), out.data_ptr()
     _run(args)
     return out
@@ -146,6 +160,26 @@ def mean_dims(
 ) -> Any:
     """aten::mean.dim: over one or several dimensions; NaN over no elements."""
     return _reduce("mean", self, dim, keepdim, dtype)
+
+
+def amax(self: torch.Tensor, dim: int | Sequence[int] = (), keepdim: bool = False) -> Any:
+    """aten::amax: NaN wins, and +0 is greater than -0 (torch's own answer depends on where the zeros lie)."""
+    return _reduce("max", self, dim, keepdim, None)
+
+
+def amin(self: torch.Tensor, dim: int | Sequence[int] = (), keepdim: bool = False) -> Any:
+    """aten::amin: NaN wins, and -0 is less than +0."""
+    return _reduce("min", self, dim, keepdim, None)
+
+
+def max_all(self: torch.Tensor) -> Any:
+    """aten::max: of all elements, as ``amax``."""
+    return _reduce("max", self, None, False, None)
+
+
+def min_all(self: torch.Tensor) -> Any:
+    """aten::min: of all elements, as ``amin``."""
+    return _reduce("min", self, None, False, None)
 
 
 def _softmax_of(op: str, self: torch.Tensor, dim: int, dtype: torch.dtype | None) -> Any:
@@ -324,6 +358,10 @@ COVERED: dict[str, Callable[..., Any]] = {
     "aten::sum.dim_IntList": sum_dims,
     "aten::mean": mean_all,
     "aten::mean.dim": mean_dims,
+    "aten::amax": amax,
+    "aten::amin": amin,
+    "aten::max": max_all,
+    "aten::min": min_all,
     "aten::_softmax": softmax_core,
     "aten::_log_softmax": log_softmax_core,
     "aten::rms_norm": rms_norm_aten,
@@ -332,8 +370,11 @@ COVERED: dict[str, Callable[..., Any]] = {
 }
 """Operations that this family computes, each with its function."""
 
-REDUCES = frozenset(COVERED)
-"""All of them contain a reduction."""
+ORDER_FREE = frozenset({"aten::amax", "aten::amin", "aten::max", "aten::min"})
+"""Reductions whose result is the same in any order."""
+
+REDUCES = frozenset(COVERED) - ORDER_FREE
+"""Those that contain a sum."""
 
 
 def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:

@@ -64,6 +64,10 @@ def prove(op: str, dtype: torch.dtype, function: Callable[..., Any]) -> tuple[in
     check = {
         "sum": _reductions,
         "mean": _reductions,
+        "amax": _extremes,
+        "amin": _extremes,
+        "max": _extremes,
+        "min": _extremes,
         "softmax": _softmaxes,
         "log_softmax": _softmaxes,
         "rms_norm": _rms_norms,
@@ -96,9 +100,25 @@ def _reductions(op: str, kind: str, dtype: torch.dtype, function: Callable[..., 
         cube = cancelling(77, dtype, 6).reshape(2, 3, 77)
         flat = to_values(cube).transpose(1, 0, 2).reshape(3, -1)
         evidence.expect(function(cube, [2, 0]), from_values(truth(flat), dtype), "over dimensions 2 and 0")
+        flat = to_values(cube).transpose(0, 2, 1).reshape(-1, 3)
+        evidence.expect(function(cube, [1]), from_values(truth(flat), dtype).reshape(2, 77), "over dimension 1")
     else:
         for i in range(len(edges)):
             evidence.expect(function(edges[i]), rows[i], f"special values {i}")
+
+
+def _extremes(op: str, kind: str, dtype: torch.dtype, function: Callable[..., Any], evidence: Evidence) -> None:
+    truth = reference.greatest if kind.endswith("max") else reference.least
+    for n in WIDTHS:
+        zeros = from_values(np.where(np.arange(3 * n).reshape(3, n) % 5 < 2, np.float32(-0.0), np.float32(0)), dtype)
+        for x in (cancelling(n, dtype), zeros, -zeros.abs(), _edges(dtype)):
+            if kind in ("max", "min"):
+                expected = from_values(truth(to_values(x).reshape(1, -1))[0], dtype)
+                evidence.expect(function(x), expected, f"all of {list(x.shape)}")
+                continue
+            expected = from_values(truth(to_values(x)), dtype)
+            evidence.expect(function(x, [1]), expected, f"rows of {list(x.shape)}")
+            evidence.expect(function(x.t().contiguous(), [0], True), expected[None], f"columns of {list(x.shape)}")
 
 
 def _softmaxes(op: str, kind: str, dtype: torch.dtype, function: Callable[..., Any], evidence: Evidence) -> None:

@@ -139,12 +139,23 @@ def silu(x: Float) -> Float:
 
 def rsqrt(x: Float) -> Float:
     """1 / sqrt(x), both operations rounded to float32."""
-    return np.float32(1) / np.sqrt(x)
+    return single(np.float32(1) / np.sqrt(x))
 
 
 def add_scaled(x: Float, y: Float, alpha: float) -> Float:
     """x + alpha y: the product is rounded to float32, then the sum."""
-    return x + np.float32(alpha) * y
+    return single(x + np.float32(alpha) * y)
+
+
+def maximum(x: Float, y: Float) -> Float:
+    """The greater of x and y: NaN wins, +0 > -0."""
+    r = np.where((x == y) & np.signbit(x), y, np.where(x >= y, x, y))
+    return np.where(np.isnan(x) | np.isnan(y), np.float32(np.nan), r)
+
+
+def minimum(x: Float, y: Float) -> Float:
+    """The lesser of x and y: NaN wins, -0 < +0."""
+    return -maximum(-x, -y)
 
 
 def _clamp(x: Any, low: float, high: float) -> Any:
@@ -331,6 +342,7 @@ UNARY: dict[str, Callable[[Float], Float]] = {
     "sin": sine,
     "cos": lambda x: sine(x, 1),
     "rsqrt": rsqrt,
+    "sqrt": np.sqrt,
 }
 """Functions of one operand, by the name of csrc's operation."""
 

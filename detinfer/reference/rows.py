@@ -7,7 +7,7 @@ are pairwise and are not used.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def _in_lanes(x: Float, add: Callable[[Float, Float], Float]) -> Float:
     while half >= 1:
         lanes[:, :half] = lanes[:, :half] + lanes[:, half : 2 * half]
         half //= 2
-    return lanes[:, 0]
+    return single(lanes[:, 0])
 
 
 def row_sum(x: Float) -> Float:
@@ -50,7 +50,26 @@ def square_sum(x: Float) -> Float:
 def mean(x: Float) -> Float:
     """[rows, n] to [rows]: row_sum divided by n."""
     with np.errstate(all="ignore"):
-        return row_sum(x) / np.float32(x.shape[1])
+        return single(row_sum(x) / np.float32(x.shape[1]))
+
+
+def greatest(x: Float) -> Float:
+    """[rows, n] to [rows]: NaN wins, +0 > -0. Order-free."""
+    return _extreme(x, np.float32(-np.inf), np.max, lambda negative: negative.all(axis=1))
+
+
+def least(x: Float) -> Float:
+    """[rows, n] to [rows]: NaN wins, -0 < +0. Order-free."""
+    return _extreme(x, np.float32(np.inf), np.min, lambda negative: negative.any(axis=1))
+
+
+def _extreme(x: Float, otherwise: Any, pick: Any, sign: Any) -> Float:
+    found = pick(np.where(np.isnan(x), otherwise, x), axis=1)
+    # Where it is a zero, numpy's sign is that of some zero of the row: only zeros count for the sign.
+    zeros = x == 0
+    negative = sign(np.signbit(x) | ~zeros) if pick is np.max else sign(np.signbit(x) & zeros)
+    found = np.where(found == 0, np.where(negative, np.float32(-0.0), np.float32(0.0)), found)
+    return single(np.where(np.isnan(x).any(axis=1), np.nan, found))
 
 
 def _shifted_exp(x: Float) -> tuple[Float, Float]:
@@ -63,23 +82,21 @@ def softmax(x: Float) -> Float:
     """[rows, n]: e^(x - max) divided by its row_sum. A row of -Inf, or with NaN or +Inf in it, is NaN throughout."""
     with np.errstate(all="ignore"):
         _, e = _shifted_exp(x)
-        return e / row_sum(e)[:, None]
+        return single(e / row_sum(e)[:, None])
 
 
 def log_softmax(x: Float) -> Float:
     """[rows, n]: (x - max) - log(row_sum of e^(x - max)), the logarithm rounded to float32."""
     with np.errstate(all="ignore"):
         shifted, e = _shifted_exp(x)
-        return shifted - elementwise.unary("log", row_sum(e))[:, None]
+        return single(shifted - elementwise.unary("log", row_sum(e))[:, None])
 
 
 def _inverse_root(mean_square: Float, eps: float) -> Float:
-    return np.float32(1) / np.sqrt(mean_square + np.float32(eps))
+    return single(np.float32(1) / np.sqrt(mean_square + np.float32(eps)))
 
 
-def rms_norm(
-    x: Float, weight: Float | None, eps: float, mode: WeightMode, dtype: DType
-) -> tuple[Float, Float]:
+def rms_norm(x: Float, weight: Float | None, eps: float, mode: WeightMode, dtype: DType) -> tuple[Float, Float]:
     """(h r weight, r) with r = 1 / sqrt(mean of squares + eps); the result is not yet rounded to ``dtype``.
 
     Weight modes: ``llama`` rounds h r to ``dtype`` before it multiplies, ``fp32`` does not, ``gemma`` multiplies by
@@ -96,7 +113,12 @@ def rms_norm(
 
 
 def add_rms_norm(
-    x: Float, residual: Float, weight: Float | None, eps: float, mode: WeightMode, residual_mode: ResidualMode,
+    x: Float,
+    residual: Float,
+    weight: Float | None,
+    eps: float,
+    mode: WeightMode,
+    residual_mode: ResidualMode,
     dtype: DType,
 ) -> tuple[Float, Float]:
     """(RMSNorm of x + residual, x + residual rounded to ``dtype``); mode ``U`` normalises the unrounded sum."""
