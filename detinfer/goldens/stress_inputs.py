@@ -47,7 +47,8 @@ def _product(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Gener
     weight = numbers(rng, (BATCH if batched else 1, columns, length), dtype)
     weight[..., 0] = 1
     weight[..., -1] = 1  # so that the first and the last product cancel in every column
-    shift = numbers(rng, (columns,), dtype) if bias or (transposed and len(shapes) > 2) else None
+    # Small, like what is left after the cancellation: a larger one would round it away.
+    shift = numbers(rng, (columns,), dtype) / 512 if bias or (transposed and len(shapes) > 2) else None
 
     def operands(picked: Sequence[int]) -> Arguments:
         x, w = rows[list(picked)], weight[list(picked)] if batched else weight[0]

@@ -19,7 +19,8 @@ def show(result: Result, console: Console) -> None:
     console.print(f"golden   {result.path}: {result.target}, {result.dtype}, scope {result.policy['scope']}")
     console.print(
         f"sweep    {invariance.trials} trials, mean batch {invariance.mean_batch}, {invariance.batches:,} batches, "
-        f"{invariance.rows_compared:,} of {invariance.rows_possible:,} rows compared"
+        f"{invariance.rows_compared:,} of {invariance.rows_possible:,} rows compared",
+        soft_wrap=True,
     )
     console.print(_layers(result))
     _sensitivity(result, console)
