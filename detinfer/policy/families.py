@@ -60,6 +60,5 @@ def draws(op: str) -> bool:
     return found is not None and torch.Tag.nondeterministic_seeded in found[2]
 
 
-def reducing() -> frozenset[str]:
-    """The covered operations that contain a reduction, as the families list them."""
-    return frozenset(op for op, found in ops.covered().items() if found.reduces)
+REDUCES: frozenset[str] = frozenset(op for op, found in ops.covered().items() if found.reduces)
+"""The covered operations that contain a reduction, as the families list them."""

@@ -22,12 +22,12 @@ def explain(
     A decision that is the same for all ``dtypes`` is listed once.
     """
     known = (families or own()).known
-    computing = [*known.covered, *known.ieee]
-    moving = sorted(COPIES - {CAST})
+    computing = [op for op in (*known.covered, *known.ieee) if op not in COPIES]
     rest = [op for op in (*policy.allow, *refusals.EXAMPLES) if op not in known.covered and op not in known.ieee]
     found: dict[tuple[str, Decision], Decision] = {}
-    for op in dict.fromkeys((*computing, *moving, *rest)):
+    for op in dict.fromkeys((*computing, CAST, *sorted(COPIES), *rest)):
         for dtype in dtypes:
-            decision = decide(policy, op, (dtype,), known)
+            # The cast of integers to a dtype stands for all casts to it.
+            decision = decide(policy, op, (torch.int64, dtype) if op == CAST else (dtype,), known)
             found.setdefault((op, decision), decision)
     return list(found.values())
