@@ -2,74 +2,188 @@
 
 The order is that of ``detinfer/reference/matmul.py``. Operands are fp32, bf16 or fp16, all of one dtype, with any
 strides; the chain runs in fp32. A weight is never copied or kept: it is packed anew in each call, so that a change in
-place is seen. Integer operands give NotImplemented (their sums are exact in any order); float64 and complex raise
-UnsupportedDtype.
+place is seen. Operands that are all integers give NotImplemented (their sums are exact in any order).
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
+import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from detinfer import native
 from detinfer.errors import UsageError
+from detinfer.ops import matmul_proof
 
-__all__ = ["COVERED", "REDUCES", "prove"]
+AUTO, FMA, DOT = 0, 1, 2
+"""csrc's paths: by a timing at first use, fp32 FMA, or vdpbf16ps where its bits are those of the chain."""
+
+DOT_VARIABLE = "DETINFER_CPU_DPBF16"
+"""``0`` or ``1`` holds the path of bf16 on CPUs with AVX512-BF16 to FMA or vdpbf16ps instead of timing both."""
 
 _BATCH_DIMS = 6
-AUTO, FMA, DOT = 0, 1, 2
-"""csrc's path: by a timing at first use, fp32 FMA, or vdpbf16ps where its bits are those of the chain."""
+_KEPT_CALLS = 4096
 
 
 class _Plan(ctypes.Structure):
+    """MatmulPlan of csrc/matmul.h."""
+
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("dtype", "path", "batch_dims")),
         *((name, ctypes.c_float) for name in ("alpha", "beta")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ["m", "n", "k", "a_m", "a_k", "b_k", "b_n", "c_m", "c_n", "out_m", "out_n"]
-        ),
+        *((name, ctypes.c_int64) for name in ("m", "n", "k")),
+        *((name, ctypes.c_int64) for name in ("a_m", "a_k", "b_k", "b_n", "c_m", "c_n", "out_m", "out_n")),
         *((name, ctypes.c_int64 * _BATCH_DIMS) for name in ("batch", "a_batch", "b_batch", "c_batch", "out_batch")),
     )
 
 
-class _Args(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("plan", "a", "b", "c", "out"))
+_pack_args = struct.Struct("@5P").pack  # MatmulArgs of csrc/matmul.h
 
 
-@functools.cache
-def _function() -> Callable[[Any], int]:
-    function: Any = native.library().detinfer_cpu_matmul
-    function.argtypes = (ctypes.c_void_p,)
-    function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+class _Views(NamedTuple):
+    """What an operation multiplies: a [*batch, M, K], b [*batch, K, N], c None or [*batch, M, N] broadcast by strides
+    of 0; ``shape`` is the shape of the contiguous result, M * N elements for each of the batch."""
+
+    shape: tuple[int, ...]
+    a: torch.Tensor
+    b: torch.Tensor
+    c: torch.Tensor | None
 
 
-Strides = tuple[int, ...]
+class _Call:
+    """Everything about a call but its pointers: made once for a set of shapes, strides, dtypes and scalars."""
+
+    __slots__ = ("address", "dtype", "plan", "run", "shape", "stride")
+
+    def __init__(self, views: _Views, alpha: float, beta: float, path: int, name: str) -> None:
+        _, a, b, c = views
+        *batch, m, k = a.shape
+        n, depth = b.shape[-1], len(batch)
+        plan = _Plan(native.dtype_code(a.dtype, name), path, depth, alpha, beta, m, n, k)
+        (plan.a_m, plan.a_k), (plan.b_k, plan.b_n) = a.stride()[depth:], b.stride()[depth:]
+        plan.out_m, plan.out_n = n, 1
+        out_batch, step = [0] * depth, m * n
+        for i in reversed(range(depth)):
+            out_batch[i] = step
+            step *= batch[i]
+        plan.batch[:depth], plan.out_batch[:depth] = batch, out_batch
+        plan.a_batch[:depth], plan.b_batch[:depth] = a.stride()[:depth], b.stride()[:depth]
+        if c is not None:
+            plan.c_batch[:depth] = c.stride()[:depth]
+            plan.c_m, plan.c_n = c.stride()[depth:]
+        self.run: Callable[[bytes], int] = native.library().detinfer_cpu_matmul
+        self.plan = plan
+        self.address = ctypes.addressof(plan)
+        self.shape = views.shape
+        self.stride = torch.empty(views.shape, device="meta").stride()
+        self.dtype = a.dtype
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        out = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+        added = 0 if c is None else c.data_ptr()
+        if (status := self.run(_pack_args(self.address, a.data_ptr(), b.data_ptr(), added, out.data_ptr()))) != 0:
+            native.check(status)
+        return out
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(
-    dtype: torch.dtype,
-    sizes: tuple[int, int, int],
-    batch: tuple[int, ...],
-    strides: tuple[Strides, Strides, Strides, Strides],
-    alpha: float,
-    beta: float,
-    path: int,
-) -> tuple[int, _Plan]:
-    """A plan and its address. ``strides`` are those of a, b, c and out: the batch's first, then rows and columns."""
-    (a, b, c, out), depth = strides, len(batch)
-    plan = _Plan(native.dtype_code(dtype, "matmul"), path, depth, alpha, beta, *sizes)
-    (plan.a_m, plan.a_k), (plan.b_k, plan.b_n) = a[depth:], b[depth:]
-    (plan.c_m, plan.c_n), (plan.out_m, plan.out_n) = c[depth:], out[depth:]
-    for name, values in (("batch", batch), ("a_batch", a), ("b_batch", b), ("c_batch", c), ("out_batch", out)):
-        getattr(plan, name)[:depth] = values[:depth]
-    return ctypes.addressof(plan), plan  # the plan is returned so that its memory lives as long as the address
+_calls: dict[tuple[Any, ...], _Call] = {}
+
+
+def _compute(
+    views: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], _Views],
+    name: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    path: int = AUTO,
+) -> Any:
+    """The result for the operands as the caller has them; ``views`` makes of them what is multiplied."""
+    signature = (
+        name, a.dtype, b.dtype, a.shape, b.shape, a.stride(), b.stride(), alpha, beta, path,
+        None if c is None else (c.dtype, c.shape, c.stride()),
+    )  # fmt: skip
+    call = _calls.get(signature)
+    if call is not None:
+        return call(a, b, c)
+    if not any(t.is_floating_point() or t.is_complex() for t in (a, b, c) if t is not None):
+        return NotImplemented
+    if len({t.dtype for t in (a, b, c) if t is not None}) != 1:
+        dtypes = ", ".join(str(t.dtype) for t in (a, b, c) if t is not None)
+        raise UsageError(f"{name}: the operands are {dtypes}; convert them to one dtype")
+    native.dtype_code(a.dtype, name)
+    try:
+        seen = views(a, b, c)
+        if seen.a.shape[-1] != seen.b.shape[-2] or seen.a.shape[:-2] != seen.b.shape[:-2]:
+            raise RuntimeError(f"cannot multiply {list(seen.a.shape)} and {list(seen.b.shape)}")
+    except (RuntimeError, ValueError) as error:
+        shapes = ", ".join(str(list(t.shape)) for t in (a, b, c) if t is not None)
+        raise UsageError(f"{name}: operands of shapes {shapes} do not fit each other: {error}") from None
+    call = _Call(seen, float(alpha), float(beta), path, name)
+    pairs = ((a, seen.a), (b, seen.b), *(((c, seen.c),) if c is not None and seen.c is not None else ()))
+    if all(given.data_ptr() == view.data_ptr() for given, view in pairs):  # a copy must be made in every call
+        if len(_calls) >= _KEPT_CALLS:
+            _calls.clear()
+        _calls[signature] = call
+    return call(seen.a, seen.b, seen.c)
+
+
+def _batched(dims: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], _Views]:
+    """Operands of exactly ``dims`` dimensions, c broadcast to the result."""
+
+    def views(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> _Views:
+        if a.dim() != dims or b.dim() != dims:
+            raise ValueError(f"both must have {dims} dimensions")
+        shape = (*a.shape[:-1], b.shape[-1])
+        return _Views(shape, a, b, None if c is None else c.expand(shape))
+
+    return views
+
+
+_two, _three = _batched(2), _batched(3)
+
+
+def _linear_views(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> _Views:
+    if weight.dim() not in (1, 2) or (weight.dim() == 1 and bias is not None):
+        raise ValueError("the weight must be [N, K], or [K] without a bias")
+    if x.dim() == 0:
+        raise ValueError("the input must have a dimension")
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
+    b = weight.t() if weight.dim() == 2 else weight[:, None]
+    shape = (*x.shape[:-1], *weight.shape[:-1])
+    return _Views(shape, rows, b, None if bias is None else bias.expand(rows.shape[0], b.shape[1]))
+
+
+def _vector_views(a: torch.Tensor, x: torch.Tensor, c: torch.Tensor | None) -> _Views:
+    if a.dim() != 2 or x.dim() != 1:
+        raise ValueError("they must have 2 and 1 dimensions")
+    return _Views(a.shape[:1], a, x[:, None], None if c is None else c.expand(a.shape[:1])[:, None])
+
+
+def _dot_views(x: torch.Tensor, y: torch.Tensor, _: torch.Tensor | None) -> _Views:
+    if x.dim() != 1 or y.dim() != 1:
+        raise ValueError("both must have 1 dimension")
+    return _Views((), x[None], y[:, None], None)
+
+
+def _matmul_views(a: torch.Tensor, b: torch.Tensor, _: torch.Tensor | None) -> _Views:
+    if a.dim() == 0 or b.dim() == 0:
+        raise ValueError("both must have a dimension")
+    left = a[None] if a.dim() == 1 else a
+    right = b[:, None] if b.dim() == 1 else b
+    batch = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    shape = (*batch, *left.shape[-2 : -1 if a.dim() > 1 else -2], *right.shape[-1 : None if b.dim() > 1 else -1])
+    if right.dim() == 2 and left.numel():  # one weight for all: leading dimensions are rows
+        return _Views(shape, left.reshape(-1, left.shape[-1]), right, None)
+    left, right = left.expand(*batch, -1, -1), right.expand(*batch, -1, -1)
+    if len(batch) > _BATCH_DIMS:
+        left, right = left.flatten(0, -3), right.flatten(0, -3)
+    return _Views(shape, left, right, None)
 
 
 def product(
@@ -80,149 +194,61 @@ def product(
     alpha: float = 1.0,
     beta: float = 1.0,
     path: int = AUTO,
-    where: str = "matmul",
 ) -> torch.Tensor:
-    """alpha * a @ b + beta * c for a [*batch, M, K], b [*batch, K, N], c broadcast to [*batch, M, N].
+    """alpha * a @ b + beta * c for a [M, K], b [K, N], c broadcast to [M, N], by a chosen path: for tests and timings.
 
-    ``a`` and ``b`` have one dtype and the same batch, broadcast by strides of 0. ``path`` holds the kernel (for
-    tests): AUTO, FMA or DOT. Raises UnsupportedDtype, and UsageError for operands of different dtypes or sizes.
+    Raises UnsupportedDtype for other dtypes than fp32, bf16 and fp16, UsageError for operands that do not fit.
     """
-    *batch, m, k = a.shape
-    n = b.shape[-1]
-    _check(a, b, c, where)
-    out = torch.empty((*batch, m, n), dtype=a.dtype)
-    none = (0,) * (len(batch) + 2)
-    if c is not None:
-        c = c.expand(out.shape)
-    strides = (a.stride(), b.stride(), none if c is None else c.stride(), out.stride())
-    address, _ = _plan(a.dtype, (m, n, k), tuple(batch), strides, float(alpha), float(beta), path)
-    args = _Args(address, a.data_ptr(), b.data_ptr(), 0 if c is None else c.data_ptr(), out.data_ptr())
-    if status := _function()(ctypes.byref(args)):
-        native.check(status)
+    out: torch.Tensor = _compute(_two, "product", a, b, c, alpha, beta, path)
     return out
 
 
-def _check(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, where: str) -> None:
-    native.dtype_code(a.dtype, where)
-    if a.dtype != b.dtype or (c is not None and c.dtype != a.dtype):
-        dtypes = ", ".join(str(t.dtype) for t in (a, b, c) if t is not None)
-        raise UsageError(f"{where}: operands of {dtypes}; they need one dtype")
-    if a.shape[-1] != b.shape[-2]:
-        raise UsageError(f"{where}: shapes {list(a.shape)} and {list(b.shape)} cannot be multiplied")
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    """aten::linear: x [..., K] or [K], weight [N, K] or [K], bias [N], [1] or none -> [..., N] or [...].
+
+    Raises UnsupportedDtype for float64 and complex, UsageError for operands that do not fit, like all functions here.
+    """
+    return _compute(_linear_views, "aten::linear", x, weight, bias)
 
 
-def _exact(*tensors: torch.Tensor | None) -> bool:
-    """Whether all operands are integers or bools: exact in any order, torch's own kernel may have them."""
-    return not any(t is not None and (t.is_floating_point() or t.is_complex()) for t in tensors)
+def matmul(a: torch.Tensor, b: torch.Tensor) -> Any:
+    """aten::matmul: torch's rules for vectors; leading dimensions broadcast."""
+    return _compute(_matmul_views, "aten::matmul", a, b)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """aten::linear: x [..., K], weight [N, K] or [K], bias [N] or none -> [..., N] or [...]."""
-    if _exact(x, weight):
-        return NotImplemented  # type: ignore[no-any-return]
-    if weight.dim() == 1:
-        return matmul(x, weight) if bias is None else _plus(matmul(x, weight), bias)
-    shape = x.shape
-    if x.dim() != 2:
-        x = x.reshape(-1, shape[-1])
-    out = product(x, weight.t(), bias, where="aten::linear")
-    return out if len(shape) == 2 else out.view(*shape[:-1], weight.shape[0])
-
-
-def _plus(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    raise UsageError(f"aten::linear: a bias of shape {list(bias.shape)} with a weight of one dimension")
-
-
-def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def mm(a: torch.Tensor, b: torch.Tensor) -> Any:
     """aten::mm: [M, K] times [K, N]."""
-    if _exact(a, b):
-        return NotImplemented  # type: ignore[no-any-return]
-    _dimensions("aten::mm", (a, 2), (b, 2))
-    return product(a, b, where="aten::mm")
+    return _compute(_two, "aten::mm", a, b)
 
 
-def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
+def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     """aten::addmm: beta * c + alpha * a @ b, c broadcast to [M, N]; c is not read when beta is 0."""
-    if _exact(c, a, b):
-        return NotImplemented  # type: ignore[no-any-return]
-    _dimensions("aten::addmm", (a, 2), (b, 2))
-    return product(a, b, c if beta != 0 else None, alpha=alpha, beta=beta, where="aten::addmm")
+    return _compute(_two, "aten::addmm", a, b, c if beta != 0 else None, alpha, beta)
 
 
-def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def bmm(a: torch.Tensor, b: torch.Tensor) -> Any:
     """aten::bmm: [B, M, K] times [B, K, N]."""
-    if _exact(a, b):
-        return NotImplemented  # type: ignore[no-any-return]
-    _dimensions("aten::bmm", (a, 3), (b, 3))
-    if a.shape[0] != b.shape[0]:
-        raise UsageError(f"aten::bmm: batches of {a.shape[0]} and {b.shape[0]}")
-    return product(a, b, where="aten::bmm")
+    return _compute(_three, "aten::bmm", a, b)
 
 
-def baddbmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
+def baddbmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     """aten::baddbmm: beta * c + alpha * a @ b in batches, c broadcast to [B, M, N]; not read when beta is 0."""
-    if _exact(c, a, b):
-        return NotImplemented  # type: ignore[no-any-return]
-    _dimensions("aten::baddbmm", (a, 3), (b, 3))
-    if a.shape[0] != b.shape[0]:
-        raise UsageError(f"aten::baddbmm: batches of {a.shape[0]} and {b.shape[0]}")
-    return product(a, b, c if beta != 0 else None, alpha=alpha, beta=beta, where="aten::baddbmm")
+    return _compute(_three, "aten::baddbmm", a, b, c if beta != 0 else None, alpha, beta)
 
 
-def mv(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def mv(a: torch.Tensor, x: torch.Tensor) -> Any:
     """aten::mv: [M, K] times [K] -> [M]."""
-    if _exact(a, x):
-        return NotImplemented  # type: ignore[no-any-return]
-    _dimensions("aten::mv", (a, 2), (x, 1))
-    return product(a, x[:, None], where="aten::mv").squeeze(-1)
+    return _compute(_vector_views, "aten::mv", a, x)
 
 
-def addmv(c: torch.Tensor, a: torch.Tensor, x: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
+def addmv(c: torch.Tensor, a: torch.Tensor, x: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     """aten::addmv: beta * c + alpha * a @ x, [M, K] times [K] -> [M]; c is not read when beta is 0."""
-    if _exact(c, a, x):
-        return NotImplemented  # type: ignore[no-any-return]
-    _dimensions("aten::addmv", (a, 2), (x, 1))
-    column = c.expand(a.shape[0])[:, None] if beta != 0 else None
-    return product(a, x[:, None], column, alpha=alpha, beta=beta, where="aten::addmv").squeeze(-1)
+    return _compute(_vector_views, "aten::addmv", a, x, c if beta != 0 else None, alpha, beta)
 
 
-def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def dot(x: torch.Tensor, y: torch.Tensor) -> Any:
     """aten::dot: [K] times [K] -> a scalar."""
-    if _exact(x, y):
-        return NotImplemented  # type: ignore[no-any-return]
-    _dimensions("aten::dot", (x, 1), (y, 1))
-    return product(x[None], y[:, None], where="aten::dot").reshape(())
-
-
-def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """aten::matmul: torch's rules for vectors, and leading dimensions broadcast."""
-    if _exact(a, b):
-        return NotImplemented  # type: ignore[no-any-return]
-    if a.dim() == 0 or b.dim() == 0:
-        raise UsageError("aten::matmul: both operands need at least one dimension")
-    left = a[None] if a.dim() == 1 else a
-    right = b[:, None] if b.dim() == 1 else b
-    if right.dim() == 2 and left.dim() > 2:
-        # One weight for all: the leading dimensions are rows.
-        shape = (*left.shape[:-1], right.shape[-1])
-        out = product(left.reshape(-1, left.shape[-1]), right, where="aten::matmul").view(shape)
-    else:
-        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])  # type: ignore[no-untyped-call]
-        if len(batch) > _BATCH_DIMS:
-            raise UsageError(f"aten::matmul: {len(batch)} leading dimensions; at most {_BATCH_DIMS} are supported")
-        left, right = left.expand(*batch, *left.shape[-2:]), right.expand(*batch, *right.shape[-2:])
-        out = product(left, right, where="aten::matmul")
-    if b.dim() == 1:
-        out = out.squeeze(-1)
-    if a.dim() == 1:
-        out = out.squeeze(-1 if b.dim() == 1 else -2)
-    return out
-
-
-def _dimensions(where: str, *wanted: tuple[torch.Tensor, int]) -> None:
-    for tensor, count in wanted:
-        if tensor.dim() != count:
-            raise UsageError(f"{where}: shape {list(tensor.shape)} where {count} dimensions are needed")
+    return _compute(_dot_views, "aten::dot", x, y)
 
 
 COVERED: dict[str, Callable[..., Any]] = {
@@ -236,12 +262,16 @@ COVERED: dict[str, Callable[..., Any]] = {
     "aten::addmv": addmv,
     "aten::dot": dot,
 }
+"""``aten::name``: the function that computes it, with the schema's own signature."""
 
-REDUCES = frozenset(COVERED)
+REDUCES: frozenset[str] = frozenset(COVERED)
+"""Those of them that contain a reduction: all."""
 
 
 def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
-    """Compare ``op`` with the reference on this machine: (results compared, their bytes); Diverged on a mismatch."""
-    from detinfer.ops.matmul_proof import prove as run
+    """Compare ``op`` with ``detinfer.reference.matmul`` on stress inputs: (results compared, their bytes).
 
-    return run(op, dtype)
+    Raises Diverged with the first difference, UnsupportedDtype for a dtype without an order.
+    """
+    native.dtype_code(dtype, op)
+    return matmul_proof.prove(op, dtype, COVERED[op])

@@ -17,19 +17,25 @@ def leaf_length(k: int, n: int, dtype: str) -> int:
     return k
 
 
-def matmul(a: Float, b: Float, c: Float | None = None, alpha: float = 1.0, beta: float = 1.0) -> Float:
-    """[..., M, K] times [..., K, N] as fp32 values before the final rounding to the dtype.
-
-    ``c`` broadcasts to [..., M, N]; leading dimensions broadcast.
-    """
-    rows, columns, terms = a.shape[-2], b.shape[-1], a.shape[-1]
+def chain(a: Float, b: Float) -> Float:
+    """[..., M, K] times [..., K, N]: acc = fma(a[m, k], b[k, n], acc), k ascending from 0, acc from +0."""
     leading = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    acc = np.zeros((*leading, rows, columns), np.float32)
-    for k in range(terms):
+    acc = np.zeros((*leading, a.shape[-2], b.shape[-1]), np.float32)
+    for k in range(a.shape[-1]):
         acc = fma(a[..., :, k, None], b[..., None, k, :], acc)
+    return acc
+
+
+def finish(acc: Float, c: Float | None = None, alpha: float = 1.0, beta: float = 1.0) -> Float:
+    """alpha * acc + beta * c in fp32, one operation after the other; ``c`` broadcasts to acc."""
     with np.errstate(all="ignore"):
         if alpha != 1:
-            acc = np.float32(alpha) * acc
+            acc = acc * np.float32(alpha)
         if c is not None:
-            acc = acc + (np.float32(beta) * c if beta != 1 else c)
+            acc = acc + (c * np.float32(beta) if beta != 1 else c)
     return acc
+
+
+def matmul(a: Float, b: Float, c: Float | None = None, alpha: float = 1.0, beta: float = 1.0) -> Float:
+    """alpha * a @ b + beta * c as fp32 values before the final rounding to the dtype; leading dimensions broadcast."""
+    return finish(chain(a, b), c, alpha, beta)
