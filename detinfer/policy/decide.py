@@ -4,7 +4,7 @@ The questions come in this order, and the first that says yes decides:
 
 1. Does a family cover it? Its path, once the family's proof has been made for each floating-point dtype.
 2. Does it draw random numbers? Refused.
-3. Are all its dtypes integers or booleans? Exact in any order: torch's own path.
+3. Are all its dtypes integers or booleans, and is it torch's own? Exact in any order: torch's own path.
 4. Does it only move bytes? torch's own path; a cast on the way needs the proof of casts.
 5. Is it one IEEE rounding per element? torch's own path, once that is proved.
 6. Does the policy allow it by name? torch's own path, without a proof.
@@ -30,6 +30,13 @@ TORCH = "torch"
 
 MOVES = "moves bytes and computes nothing"
 """The reason for copies."""
+
+
+_TORCH_OWN = ("aten", "prim", "prims", "profiler")
+"""Namespaces of torch's own operations; what any other computes from integers is its author's affair."""
+
+_QUANTISED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
+"""Integers that stand for fractions: their arithmetic rounds."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,9 @@ def _decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Kno
         return _proved(op, family.op, family.path, "canonical order", floating, known)
     if known.random(op):
         return Refused(op, TORCH, refusals.random(op))
-    if not floating:
+    if quantised := [d for d in dtypes if d in _QUANTISED]:
+        return Refused(op, TORCH, refusals.dtype(quantised))
+    if not floating and op.partition("::")[0] in _TORCH_OWN:
         return Accepted(op, TORCH, "integers and booleans: exact in any order", portable=True)
     if op in COPIES and variant != SUMS:
         if not casts(op, dtypes):

@@ -86,6 +86,10 @@ TABLE = [
     ("aten::cumsum", (f32,), "", None, "running sum", None),
     ("aten::argmax", (f32,), "", None, "equal values", None),
     ("aten::nobody_knows", (f32,), "", None, "no proved path", None),
+    ("mine::op", (i64,), "", None, "'mine::op' in Policy(allow=...)", None),
+    ("aten::add.Tensor", (torch.qint8,), "", None, "qint8 has no canonical order", None),
+    ("aten::view", (torch.float8_e4m3fn,), "", "torch", "moves bytes", None),
+    ("aten::add.Tensor", (torch.float8_e4m3fn,), "", None, "float8_e4m3fn has no canonical order", None),
     ("mine::op", (f32,), "", None, "'mine::op' in Policy(allow=...)", None),
 ]
 
