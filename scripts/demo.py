@@ -20,14 +20,14 @@ from typing import Any
 
 import environment
 
-TRIALS = 50
-SHORT_TRIALS = 4
+FULL: dict[str, tuple[object, ...]] = {"record": (), "verify": ("--n-trials", 50)}
+SHORT: dict[str, tuple[object, ...]] = {"record": ("--n-prompts", 2, "--decode-steps", 2), "verify": ("--n-trials", 4)}
 
 
 def main() -> int:
     """Record, verify, and sum up."""
     parser = argparse.ArgumentParser(description="Record and verify SmolLM2-135M-Instruct.")
-    parser.add_argument("--short", action="store_true", help=f"{SHORT_TRIALS} trials in place of {TRIALS}")
+    parser.add_argument("--short", action="store_true", help="fewer prompts, steps and trials")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the golden is written (default: runs)")
     options = parser.parse_args()
     python = environment.prepare(("hf",), smollm2=True)
@@ -35,10 +35,12 @@ def main() -> int:
     report.unlink(missing_ok=True)
 
     start = time.monotonic()
-    status = detinfer(python, "record", "smollm2", "-o", golden, "--force", "--reason", "scripts/demo.py")
+    size = SHORT if options.short else FULL
+    status = detinfer(
+        python, "record", "smollm2", "-o", golden, *size["record"], "--force", "--reason", "demonstration"
+    )
     if status == 0:
-        trials = SHORT_TRIALS if options.short else TRIALS
-        status = detinfer(python, "verify", golden, "--n-trials", trials, "--control", "--json", report)
+        status = detinfer(python, "verify", golden, *size["verify"], "--control", "--json", report)
     if report.is_file():
         print()
         for line in proved(json.loads(report.read_text(encoding="utf-8"))):
