@@ -11,17 +11,19 @@ namespace DETINFER_LEVEL {
 namespace {
 
 thread_local Scratch scratch;
+thread_local Scratch range_scratch;
 
 // Scores that a task keeps (1 MiB of fp32), and the least rows that are worth packing K and V for.
 constexpr int64_t kScores = 1 << 18;
 constexpr int64_t kLeastRows = 24;
+// Elements to the next cache line, at least.
+constexpr int kLine = 16;
 // Multiplications below which waking another thread costs more than it saves.
 constexpr int64_t kAlone = 1 << 19;
 
 struct Row {
   int64_t head, query;
   Range range;
-  MaskRow mask;
   float sum;
 };
 
@@ -31,6 +33,11 @@ struct Tile {
   int first, rows;
   int64_t low, high, both_low, both_high;
 };
+
+// Keys that a query may see as far as its place goes.
+inline int64_t keys_at(const AttentionPlan& plan, int64_t query) {
+  return plan.causal ? least(query + 1, plan.keys) : plan.keys;
+}
 
 template <DType T> struct Call {
   using E = typename Storage<T>::type;
@@ -42,6 +49,7 @@ template <DType T> struct Call {
   int64_t parts;  // tasks of one head of K and V
   int64_t tasks;
   int64_t value_width;  // columns of V, rounded up to whole vectors
+  Range* ranges;        // of every query of every batch row, when all heads have one mask; else null
   int64_t next;
   int status;
 };
@@ -61,32 +69,31 @@ template <DType T> struct Task {
 
   float* scores_of(int r, int64_t key) const { return scores + r * score_row + (key - low); }
 
+  MaskRow mask_of(const Row& r) const { return mask_row(plan, call.args.mask, batch, r.head, r.query); }
+
+  Range range_of_row(const Row& r) const {
+    if (call.ranges != nullptr) return call.ranges[batch * plan.queries + r.query];
+    return range_of(mask_of(r), keys_at(plan, r.query));
+  }
+
   void find_ranges() {
     low = plan.keys, high = 0;
     int64_t query = first / call.group, head = first % call.group;
-    for (int r = 0; r < rows; r++, head++) {
-      if (head == call.group) head = 0, query++;
-      row[r].head = kv_head * call.group + head;
-      row[r].query = query;
-      row[r].mask = mask_row(plan, call.args.mask, batch, row[r].head, query);
-      // Heads of a group mostly have one mask.
-      const bool same = r > 0 && head > 0 && row[r].mask.data == row[r - 1].mask.data;
-      row[r].range = same ? row[r - 1].range : range_of(row[r].mask, plan.causal ? least(query + 1, plan.keys) : plan.keys);
-      if (!row[r].range.empty()) {
-        low = least(low, row[r].range.low);
-        high = most(high, row[r].range.high);
-      }
-    }
     tiles = 0;
-    for (int r = 0; r < rows; r += kRows) {
-      Tile t = {r, static_cast<int>(least(kRows, rows - r)), plan.keys, 0, 0, plan.keys};
-      for (int i = r; i < r + t.rows; i++) {
-        const Range range = row[i].range;
-        if (range.empty()) continue;
-        t.low = least(t.low, range.low), t.high = most(t.high, range.high);
-        t.both_low = most(t.both_low, range.low), t.both_high = range.holes ? 0 : least(t.both_high, range.high);
+    for (int start = 0; start < rows; start += kRows) {
+      Tile t = {start, static_cast<int>(least(kRows, rows - start)), plan.keys, 0, 0, plan.keys};
+      for (Row* r = row + start; r < row + start + t.rows; r++) {
+        r->head = kv_head * call.group + head;
+        r->query = query;
+        r->range = range_of_row(*r);
+        if (++head == call.group) head = 0, query++;
+        if (r->range.empty()) continue;
+        t.low = least(t.low, r->range.low), t.high = most(t.high, r->range.high);
+        t.both_low = most(t.both_low, r->range.low);
+        t.both_high = r->range.holes ? 0 : least(t.both_high, r->range.high);
       }
       if (t.low >= t.high) t.both_high = 0;
+      low = least(low, t.low), high = most(high, t.high);
       tile[tiles++] = t;
     }
   }
@@ -103,16 +110,24 @@ template <DType T> struct Task {
       const int64_t end = least(block + kKeys, high);
       for (int64_t key = block; key < end; key += kLanes) {
         const int lanes = static_cast<int>(least(kLanes, end - key));
-        pack_lanes<T>(base + key * plan.k.row, plan.k.row, 1, lanes, plan.depth, panel + (key - block), kKeys,
-                      key + kLanes < high ? kLanes * plan.k.row : 0);
+        const E* keys = base + key * plan.k.row;
+        if (key + kLanes < high)
+          for (int r = kLanes; r < 2 * kLanes; r++)
+            for (int64_t d = 0; d < plan.depth; d += kLine) __builtin_prefetch(keys + r * plan.k.row + d);
+        pack_lanes<T>(keys, plan.k.row, 1, lanes, plan.depth, panel + (key - block), kKeys);
       }
       for (int i = 0; i < tiles; i++) {
         const Tile& t = tile[i];
         const int64_t from = most(t.low, block), to = least(t.high, end);
         if (from >= to) continue;
         const int64_t start = (from - block) / kLanes * kLanes;
-        chains<kFloat32, kScoreChains>(t.rows, quotient_up(to - block - start, kLanes), plan.depth, q + t.first * plan.depth, plan.depth,
-                     panel + start, kKeys, scores_of(t.first, block + start), score_row, plan.scale);
+        const int64_t vectors = quotient_up(to - block - start, kLanes);
+        int rows_here = t.rows;
+        if (vectors == 1 && i + 1 < tiles && most(tile[i + 1].low, block) >= block + start &&
+            least(tile[i + 1].high, end) <= block + start + kLanes)
+          rows_here += tile[++i].rows;
+        chains<kFloat32, kScoreChains>(rows_here, vectors, plan.depth, q + t.first * plan.depth, plan.depth,
+                                       panel + start, kKeys, scores_of(t.first, block + start), score_row, plan.scale);
       }
     }
   }
@@ -120,7 +135,7 @@ template <DType T> struct Task {
   void weigh_keys() {
     for (int r = 0; r < rows; r++) {
       if (row[r].range.empty()) continue;
-      row[r].sum = softmax(row[r].mask, row[r].range, scores_of(r, row[r].range.low));
+      row[r].sum = softmax(mask_of(row[r]), row[r].range, scores_of(r, row[r].range.low));
     }
   }
 
@@ -239,6 +254,16 @@ template <DType T> void work(int64_t, int64_t, void* context) {
   }
 }
 
+// A mask that all heads share is looked through once and not by every task.
+template <DType T> void find_ranges_of(int64_t begin, int64_t end, void* context) {
+  Call<T>& call = *static_cast<Call<T>*>(context);
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t query = i % call.plan.queries;
+    const MaskRow mask = mask_row(call.plan, call.args.mask, i / call.plan.queries, 0, query);
+    call.ranges[i] = range_of(mask, keys_at(call.plan, query));
+  }
+}
+
 template <DType T> int run(const AttentionArgs& args) {
   const AttentionPlan& plan = *args.plan;
   const int64_t pairs = plan.batch * plan.kv_heads;
@@ -253,7 +278,13 @@ template <DType T> int run(const AttentionArgs& args) {
   task_rows = least(rows, quotient_up(task_rows, kRows) * kRows);
   const int64_t parts = quotient_up(rows, task_rows);
   Call<T> call = {plan, args, group, rows, task_rows, parts, pairs * parts,
-                  quotient_up(plan.value_depth, kLanes) * kLanes, 0, kOk};
+                  quotient_up(plan.value_depth, kLanes) * kLanes, nullptr, 0, kOk};
+  const int64_t masks = plan.batch * plan.queries;
+  if (plan.mask_kind != kMaskNone && plan.mask.head == 0 && pairs > 1) {
+    call.ranges = reinterpret_cast<Range*>(range_scratch.get(quotient_up(masks * sizeof(Range), sizeof(float))));
+    if (call.ranges == nullptr) return fail(kOutOfMemory, "attention: no memory for the mask's ranges");
+    parallel_for(0, masks, kAlone / (plan.keys + 1) + 1, find_ranges_of<T>, &call);
+  }
   if (workers == 1) work<T>(0, 1, &call);
   else parallel_for(0, workers, 1, work<T>, &call);
   return call.status == kOk ? kOk : fail(kOutOfMemory, "attention: no memory for the scores of a few query rows");

@@ -26,7 +26,7 @@ template <DType T, int R, int V, Chains C>
 void chain(int64_t steps, const float* a, int64_t a_row, const typename Storage<T>::type* b, int64_t b_row, float* c,
            int64_t c_row, float factor) {
   F acc[R][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) acc[r][v] = C == kScoreChains ? F{} : load(c + r * c_row + v * kLanes);
@@ -34,21 +34,24 @@ void chain(int64_t steps, const float* a, int64_t a_row, const typename Storage<
     F y[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) y[v] = load_as<T>(b + v * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
       const F x = splat(a[r * a_row + s]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) acc[r][v] = fma(x, y[v], acc[r][v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++)
       store(c + r * c_row + v * kLanes, C == kScoreChains ? acc[r][v] * splat(factor) : acc[r][v]);
 }
 
-template <DType T, int V, Chains C, int R = kRows>
+// Tiles of one vector take twice the rows: it needs as many accumulators to hide the latency of an FMA.
+template <int V> constexpr int kMostRows = V == 1 ? 2 * kRows : kRows;
+
+template <DType T, int V, Chains C, int R = kMostRows<V>>
 inline void chain_of(int rows, int64_t steps, const float* a, int64_t a_row, const typename Storage<T>::type* b,
                      int64_t b_row, float* c, int64_t c_row, float factor) {
   if constexpr (R > 1) {

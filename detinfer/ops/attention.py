@@ -136,11 +136,16 @@ def scaled_dot_product_attention(
     given = (query, key, value, attn_mask)
     shape, views = _views(query, key, value, attn_mask, enable_gqa)
     call = _plan(query, shape, views, is_causal, scale)
-    if all(a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr()) for a, b in zip(views, given)):
+    if all(_in_place(a, b) for a, b in zip(views, given, strict=True)):
         if len(_calls) >= _KEPT_CALLS:
             _calls.clear()
         _calls[signature] = call
     return call(*views)
+
+
+def _in_place(view: torch.Tensor | None, tensor: torch.Tensor | None) -> bool:
+    """Whether a view reads the caller's own memory, so that its strides hold for the next call too."""
+    return view is tensor or (view is not None and tensor is not None and view.data_ptr() == tensor.data_ptr())
 
 
 def _refuse(
