@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,24 +38,22 @@ class Call:
 Raw = tuple[Any, ...]
 
 
-def raw(values: tuple[Any, ...] | list[Any]) -> Raw:
+def raw(values: Iterable[Any]) -> Raw:
     """Arguments as something that can be hashed, made as cheaply as possible: ``cooked`` turns it into a Call."""
-    return tuple(
-        (_TENSOR, a.shape, a.stride(), a.dtype)
-        if isinstance(a, torch.Tensor)
-        else raw(a)
-        if isinstance(a, list | tuple)
-        else a
-        for a in values
-    )
+    found = []
+    for a in values:
+        if isinstance(a, torch.Tensor):
+            found.append((a.shape, a.stride(), a.dtype))
+        elif isinstance(a, list | tuple):
+            found.append(raw(a))
+        else:
+            found.append(a)
+    return tuple(found)
 
 
 def cooked(op: str, args: Raw, names: tuple[str, ...], values: Raw) -> Call:
     """The Call of ``raw`` arguments by position, and of ``raw`` arguments with these names."""
     return Call(op, _cook(args), tuple(zip(names, _cook(values), strict=True)))
-
-
-_TENSOR = object()
 
 
 def _cook(values: Raw) -> tuple[Any, ...]:
@@ -65,8 +63,8 @@ def _cook(values: Raw) -> tuple[Any, ...]:
 def _cooked(value: Any) -> Any:
     if not isinstance(value, tuple):
         return value
-    if value and value[0] is _TENSOR:
-        return Operand(tuple(value[1]), value[2], value[3])
+    if value and isinstance(value[0], torch.Size):
+        return Operand(tuple(value[0]), value[1], value[2])
     return _cook(value)
 
 

@@ -121,7 +121,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._on_call(operation.name, args, kwargs, kind.decision)
         kind.count += 1
         if kind.reduces:
-            call = (operation.name, raw(args), tuple(kwargs), raw(tuple(kwargs.values())))
+            call = (operation.name, raw(args), tuple(kwargs), raw(kwargs.values()))
             self._calls[call] = self._calls.get(call, 0) + 1
         result = func(*args, **kwargs)
         if kind.exact:
