@@ -134,7 +134,7 @@ inline F silu(F x) {
   const F product_low = fma(v, e.q, v - product);
   const I positive = x >= 0.0f;
   const F y = divide_by_one_plus(positive ? x : product, positive ? F{} : product_low, scale(1.0f + e.q, e.k));
-  const F result = positive ? y : scale(y, e.k);
+  const F result = with_sign_of(positive ? y : scale(y, e.k), x);  // -0 stays -0
   // Past 130 the factor is 1 or rounds to 0; the division above would make NaN of +Inf and -0 of -Inf.
   return absolute(x) > 130.0f ? (positive ? x : x * 0.0f) : result;
 }

@@ -133,7 +133,7 @@ def silu(x: Float) -> Float:
         np.where(positive, np.float32(0), product_low),
         times_power_of_two(np.float32(1) + q, k),
     )
-    result = np.where(positive, y, times_power_of_two(y, k))
+    result = np.copysign(np.where(positive, y, times_power_of_two(y, k)), x)  # -0 stays -0
     return np.where(np.abs(x) > 130, np.where(positive, x, x * np.float32(0)), result)
 
 
