@@ -66,9 +66,11 @@ def cancelling(rng: np.random.Generator, shape: Sequence[int], dtype: torch.dtyp
 
 
 def disorder(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """The planted order: every second term, then the others.
+    """The planted order: every second term from the second on, then the others.
 
-    A plain reversal would not do: it maps the halving of lanes onto itself when their number is a power of two.
+    A plain reversal would not do: it maps the halving of lanes onto itself when their number is a power of two. Nor
+    would an order that leaves the first term in front: beside a large term every small one is rounded to the same
+    grid, whenever it comes.
     """
     return tensor.index_select(dim, _riffle(tensor.shape[dim]))
 
@@ -79,7 +81,7 @@ def restored(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _riffle(length: int) -> torch.Tensor:
-    return torch.tensor([*range(0, length, 2), *range(1, length, 2)])
+    return torch.tensor([*range(1, length, 2), *range(0, length, 2)])
 
 
 def probe(stress: Stress, operation: str, dtype: torch.dtype) -> Sensitivity:

@@ -16,8 +16,6 @@ Shapes = tuple[tuple[int, ...], ...]
 
 WIDEST = 1024
 """Columns of a stress weight: the order runs along K, so a wider vocabulary adds time and no order."""
-ELEMENTS = 1 << 19
-"""Elements of a stress batch for operations whose order shows seldom."""
 
 
 def stress(operation: str, dtype: torch.dtype, shapes: Shapes, seed: int) -> Stress | None:
@@ -36,19 +34,20 @@ def _restored(output: torch.Tensor) -> torch.Tensor:
 
 
 def _product(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Generator) -> Stress:
-    """linear, addmm, mm, matmul, bmm, ...: rows of K terms against columns of K terms."""
-    bias = name.startswith("add") or name == "baddbmm"
-    left, right = (shapes[1], shapes[2]) if bias else (shapes[0], shapes[1])
+    """linear, addmm, mm, matmul, bmm, mv, dot, ...: rows of K terms against columns of K terms."""
+    added = name in ("addmm", "baddbmm", "addmv")
+    left, right = shapes[1:3] if added else shapes[:2]
     length = left[-1]
     transposed = name == "linear"
     columns = 1 if len(right) == 1 else min(right[0] if transposed else right[-1], WIDEST)
     batched = name in ("bmm", "baddbmm") or (name == "matmul" and len(right) > 2)
+    shifted = added or (transposed and len(shapes) > 2)
     rows = cancelling(rng, (BATCH, 1, length), dtype)
     weight = numbers(rng, (BATCH if batched else 1, columns, length), dtype)
     weight[..., 0] = 1
     weight[..., -1] = 1  # so that the first and the last product cancel in every column
     # Small, like what is left after the cancellation: a larger one would round it away.
-    shift = numbers(rng, (columns,), dtype) / 512 if bias or (transposed and len(shapes) > 2) else None
+    shift = numbers(rng, (columns,), dtype) / 512 if shifted else None
 
     def operands(picked: Sequence[int]) -> Arguments:
         x, w = rows[list(picked)], weight[list(picked)] if batched else weight[0]
@@ -62,16 +61,17 @@ def _product(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Gener
         x, w = args
         if name == "linear":
             return F.linear(x, w, shift)
-        if name == "mv":
-            # The matrix is what has rows here; every row of it meets the same vector.
-            return torch.mv(x[:, 0], w[0])[:, None]
         if batched:
-            product = (x, w.transpose(-1, -2))
-            return torch.baddbmm(shift, *product) if name == "baddbmm" and shift is not None else torch.matmul(*product)
+            pair = (x, w.transpose(-1, -2))
+            return torch.matmul(*pair) if shift is None else torch.baddbmm(shift, *pair)
         flat, column = x[:, 0], w.t()
-        if name == "addmm" and shift is not None:
-            return torch.addmm(shift, flat, column)
-        return torch.mm(flat, column) if name == "mm" else torch.matmul(flat, column)
+        if name == "dot":
+            return torch.stack([torch.dot(row, w[0]) for row in flat])[:, None]
+        if name == "mv":  # the matrix has the rows here; every one of them meets the same vector
+            return torch.mv(flat, w[0])[:, None]
+        if shift is None:
+            return torch.mm(flat, column) if name == "mm" else torch.matmul(flat, column)
+        return torch.addmv(shift, flat, w[0])[:, None] if name == "addmv" else torch.addmm(shift, flat, column)
 
     return Stress(run, operands, plant, _same, length, f"{length} -> {columns}")
 
@@ -79,14 +79,17 @@ def _product(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Gener
 def _row(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Generator) -> Stress:
     """mean, sum, softmax, norms: one row of n terms each."""
     length = shapes[0][-1] if shapes[0] else 1
-    softmax = "softmax" in name
-    if softmax or "norm" in name:
-        # These add terms of one sign: another order moves the last bit of an fp32 sum, which a result in 16 bits shows
-        # about once in 2^15 elements. Many rows, then.
-        shape = (BATCH, max(1, ELEMENTS // (BATCH * length)), length)
-        rows = numbers(rng, shape, dtype)
-    else:
+    if name in ("mean", "sum"):
         rows = cancelling(rng, (BATCH, 1, length), dtype)
+    else:
+        # These add terms of one sign: another order moves the last bit of an fp32 sum, which a result in 16 bits shows
+        # about once in 2^16 elements. Many rows, then.
+        elements = 1 << (18 if dtype == torch.float32 else 21)
+        rows = numbers(rng, (BATCH, max(1, elements // (BATCH * length)), length), dtype)
+    if name.endswith("log_softmax"):
+        # One term leads by far: its result is minus the sum of the others' shares, small, and shows their last bits.
+        rows = rows.abs().neg() - 12
+        rows[..., length // 2] = 0
     weight = numbers(rng, (length,), dtype)
 
     def make(picked: Sequence[int]) -> Arguments:
@@ -98,11 +101,15 @@ def _row(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Generator
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         x: torch.Tensor = args[0]
-        if name in ("mean", "sum"):
-            return x.mean(-1, keepdim=True) if name == "mean" else x.sum(-1, keepdim=True)
-        if softmax:
-            return torch.log_softmax(x, -1) if "log" in name else torch.softmax(x, -1)
-        if "rms" in name:
+        if name == "mean":
+            return x.mean(-1, keepdim=True)
+        if name == "sum":
+            return x.sum(-1, keepdim=True)
+        if name.endswith("log_softmax"):
+            return torch.log_softmax(x, -1)
+        if name.endswith("softmax"):
+            return torch.softmax(x, -1)
+        if name.endswith("rms_norm"):
             return F.rms_norm(x, (length,), args[1], 1e-6)
         return F.layer_norm(x, (length,), args[1], None, 1e-6)
 
@@ -134,7 +141,7 @@ def _attention(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Gen
 
 
 _BUILDERS: dict[str, Callable[[str, torch.dtype, Shapes, np.random.Generator], Stress]] = {
-    **dict.fromkeys(("linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "mv"), _product),
+    **dict.fromkeys(("linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "mv", "addmv", "dot"), _product),
     **dict.fromkeys(("mean", "sum", "softmax", "_softmax", "log_softmax", "_log_softmax"), _row),
     **dict.fromkeys(("rms_norm", "_fused_rms_norm", "layer_norm", "native_layer_norm"), _row),
     "scaled_dot_product_attention": _attention,

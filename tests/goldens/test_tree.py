@@ -15,7 +15,10 @@ from detinfer.goldens import tree
 def test_every_kind_of_value_comes_back() -> None:
     """Scalars, dtypes, nested containers and tensors survive the way through JSON."""
     tensor = torch.tensor([[1.5, -0.0]])
-    value = ((tensor, 3, True, None, "text"), {"a": [0.1, math.inf, -0.0], "t": torch.bfloat16, "d": torch.device("cpu")})
+    value = (
+        (tensor, 3, True, None, "text"),
+        {"a": [0.1, math.inf, -0.0], "t": torch.bfloat16, "d": torch.device("cpu")},
+    )
     node = tree.encode(value)
     held: dict[str, torch.Tensor] = {}
 

@@ -109,7 +109,7 @@ def test_inputs_that_are_not_stored_are_recomputed(tensors: str, tmp_path: Path)
     assert code == 0
     assert result["golden"]["verdict"] == "same"
     size = {where: sum(f.stat().st_size for f in (tmp_path / where).iterdir()) for where in ("full", "some")}
-    assert size["some"] < size["full"] if tensors == "none" else size["some"] <= size["full"]
+    assert tensors == "slice" or size["some"] < size["full"]
 
 
 def test_recording_twice_gives_the_same_bytes(tmp_path: Path) -> None:
