@@ -1,15 +1,15 @@
 """Every error that detinfer raises on purpose, each with the exit code of the command that meets it.
 
-    DetinferError                 3  internal, unless a subclass says otherwise
-    ├── UsageError                2  the call cannot be understood: an option, a name, a value
-    │   ├── TargetError           2  the target to record or verify cannot be loaded or run
-    │   └── UnsupportedDtype      2  a dtype that the contract has no order for
-    ├── Diverged                  1  bits differ
-    ├── GoldenError               4  a golden is missing, corrupt, stale or of another model
-    ├── Vacuous                   5  nothing could have failed
-    ├── InfrastructureError       6  a process, server or disk failed
-    ├── NativeError               3  the native library is missing or refused a call
-    └── RefusedError              2  the policy refuses an operation
+DetinferError                 3  internal, unless a subclass says otherwise
+├── UsageError                2  the call cannot be understood: an option, a name, a value
+│   ├── TargetError           2  the target to record or verify cannot be loaded or run
+│   └── UnsupportedDtype      2  a dtype that the contract has no order for
+├── Diverged                  1  bits differ
+├── GoldenError               4  a golden is missing, corrupt, stale or of another model
+├── Vacuous                   5  nothing could have failed
+├── InfrastructureError       6  a process, server or disk failed
+├── NativeError               3  the native library is missing or refused a call
+└── RefusedError              2  the policy refuses an operation
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ RANKS = {
     "tensor_file": 2,
     "native": 2,
     "reference": 2,
-    "tensor_file": 2,
     "ops": 3,
     "policy": 4,
     "models": 5,
