@@ -16,27 +16,47 @@ from detinfer.reference.arithmetic import Float
 
 @functools.cache
 def cancelling(n: int, dtype: torch.dtype, rows: int = 3) -> torch.Tensor:
-    """[rows, n]: exponents spread over 2^-12 to 2^12, the first element large and the last nearly its negative.
+    """[rows, n]: small terms of 2^-20 to 2^-7, the first element about 2^15, the last nearly its negative, and from 49
+    elements on two more large ones in between that cancel exactly.
 
-    The sum of such a row is the small rest of large terms, so another order gives other bits. Read it only.
+    Next to a large term fp32 keeps a few bits of a small one, and which it keeps depends on the order; what is left in
+    the end is small, so that even bf16 shows it. Read it only.
     """
     random = np.random.default_rng(n)
     values = np.ldexp(random.integers(-(2**23), 2**23, (rows, n)).astype(np.float64), -23)
-    values = np.ldexp(values, random.integers(-12, 13, (rows, n)))
+    values = np.ldexp(values, random.integers(-20, -6, (rows, n)))
     if n >= 3:
-        values[:, 0] = random.integers(2**22, 2**23, rows) / 2**5
-        values[:, -1] = -values[:, 0] * (1 - 2.0**-9)
+        values[:, 0] = random.integers(2**22, 2**23, rows) / 2**8
+        values[:, -1] = -values[:, 0] * (1 + 2.0**-20)
+    if n >= 49:
+        values[:, n // 3] = random.integers(2**22, 2**23, rows) / 2**8
+        values[:, n // 3 * 2] = -values[:, n // 3]
     return from_values(values.astype(np.float32), dtype)
 
 
 @functools.cache
+def spread(n: int, dtype: torch.dtype, rows: int = 3) -> torch.Tensor:
+    """[rows, n]: both signs, magnitudes of 2^-7 to 1, for sums of squares, in which nothing can cancel. Read it only."""
+    random = np.random.default_rng(n + 2)
+    values = np.ldexp(random.integers(-(2**23), 2**23, (rows, n)).astype(np.float64), -23)
+    return from_values(np.ldexp(values, random.integers(-7, 1, (rows, n))).astype(np.float32), dtype)
+
+
+@functools.cache
 def logits(n: int, dtype: torch.dtype, rows: int = 3) -> torch.Tensor:
-    """[rows, n]: values in [-24, 8], so that the exponentials spread over 2^46; every seventh one masked by -Inf."""
+    """[rows, n]: in even rows values of -24 to 8, so that the exponentials spread over 2^46, and from the second row on
+    every seventh masked by -Inf; in odd rows 0 in the first place and -19 to -15 in all others.
+
+    The exponentials of the others are then 2^-27 to 2^-22 beside a 1: added to it one by one they are lost, together
+    they are not. Read it only.
+    """
     random = np.random.default_rng(n + 1)
-    values = (random.integers(-(2**20) * 3, 2**20, (rows, n)) / 2**17).astype(np.float32)
+    values = random.integers(-(2**20) * 3, 2**20, (rows, n)) / 2**17
     if n > 7:
         values[1:, 3::7] = -np.inf
-    return from_values(values, dtype)
+    values[1::2] = random.integers(-19 * 2**18, -15 * 2**18, values[1::2].shape) / 2**18
+    values[1::2, 0] = 0
+    return from_values(values.astype(np.float32), dtype)
 
 
 def _edges(dtype: torch.dtype) -> torch.Tensor:
@@ -136,7 +156,7 @@ def _softmaxes(op: str, kind: str, dtype: torch.dtype, function: Callable[..., A
 
 def _rms_norms(op: str, kind: str, dtype: torch.dtype, function: Callable[..., Any], evidence: Evidence) -> None:
     for n in WIDTHS:
-        for x in (cancelling(n, dtype), _edges(dtype)):
+        for x in (spread(n, dtype), _edges(dtype)):
             size = x.shape[1]
             for weight in (_vector(size, dtype, n), None):
                 w = None if weight is None else to_values(weight)
@@ -151,7 +171,7 @@ def _rms_norms(op: str, kind: str, dtype: torch.dtype, function: Callable[..., A
 
 def _layer_norms(op: str, kind: str, dtype: torch.dtype, function: Callable[..., Any], evidence: Evidence) -> None:
     for n in WIDTHS:
-        for x in (cancelling(n, dtype), _edges(dtype)):
+        for x in (spread(n, dtype), cancelling(n, dtype), _edges(dtype)):
             size = x.shape[1]
             weight, bias = _vector(size, dtype, n), _vector(size, dtype, n + 1)
             for w, b in ((weight, bias), (weight, None), (None, None)):
