@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 
+from detinfer.errors import UsageError
 from detinfer.policy import deterministic
 
 
@@ -42,8 +44,11 @@ class Timing:
     ratio: float
 
 
-def run(model: Any, dtypes: Sequence[torch.dtype], threads: int = 2, repeats: int = 9) -> Iterator[Timing]:
-    """Time every case in every dtype; ``model`` is a transformers causal language model."""
+def run(target: Any, dtypes: Sequence[torch.dtype], threads: int = 2, repeats: int = 9) -> Iterator[Timing]:
+    """Time every case in every dtype. UsageError for a target that is no causal language model."""
+    if target.kind != "causal_lm":
+        raise UsageError(f"{target.spec}: the benchmark times causal language models")
+    model = target.module
     with _threads(threads), torch.inference_mode():
         for dtype in dtypes:
             model = model.to(dtype)
@@ -72,7 +77,8 @@ def _prepare(model: Any, case: Case) -> Callable[[], Any]:
     held = model(input_ids=ids, use_cache=True).past_key_values
 
     def decode() -> Any:
-        held.crop(case.length)  # each step starts from the same cache
+        if (extra := held.get_seq_length() - case.length) > 0:
+            held.crop(-extra)  # each step starts from the same cache
         return model(input_ids=ids[:, :1], past_key_values=held, use_cache=True)
 
     return decode
@@ -93,3 +99,13 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def table(timings: Sequence[Timing]) -> Table:
+    """The timings as a table for a terminal."""
+    shown = Table(title="whole model, ms a forward pass")
+    for heading in ("dtype", "case", "torch", "detinfer", "detinfer / torch"):
+        shown.add_column(heading, justify="left" if heading in ("dtype", "case") else "right")
+    for t in timings:
+        shown.add_row(t.dtype, t.case, f"{t.torch * 1e3:.1f}", f"{t.detinfer * 1e3:.1f}", f"{t.ratio:.2f}")
+    return shown
