@@ -120,7 +120,8 @@ template <DType T, int op> void binary_body(int64_t begin, int64_t end, void* co
   const float b = static_cast<float>(args.b);
   if (op == kPow && T == kBFloat16) a = bfloat16_to_float(float_to_bfloat16(a));
   if (op == kPow && T == kFloat16) a = float16_to_float(float_to_float16(a));
-  const bool square = op == kPow && y == nullptr && a == 2.0f;
+  // The exponents that models use: pow's own answers, without the rest of pow.
+  const bool square = y == nullptr && a == 2.0f, cubed = y == nullptr && a == 3.0f;
   each_vector(begin, end, [=](int64_t i, int count) {
     const auto take = [=](const S* p, float otherwise) {
       if (p == nullptr) return broadcast(otherwise);
@@ -132,12 +133,10 @@ template <DType T, int op> void binary_body(int64_t begin, int64_t end, void* co
       result = narrow(softplus(u.low, a, b), softplus(u.high, a, b));
     } else if constexpr (op == kPow) {
       const F base = take(x, a), exponent = take(y, a);
-      if (square) {
-        result = base * base;  // pow's own answer where the exponent is 2, without the rest
-      } else {
-        const Pair u = widen(base), v = widen(exponent);
-        result = narrow(pow(u.low, v.low), pow(u.high, v.high));
-      }
+      const Pair u = widen(base), v = widen(exponent);
+      if (square) result = base * base;
+      else if (cubed) result = narrow(cube(u.low), cube(u.high));
+      else result = narrow(pow(u.low, v.low), pow(u.high, v.high));
     } else if constexpr (op == kMaximum) {
       result = greater(take(x, 0.0f), take(y, 0.0f));
     } else if constexpr (op == kMinimum) {

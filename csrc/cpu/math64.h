@@ -285,7 +285,10 @@ inline F sine_or_cosine(F x, int half) {
   return narrow(sine(low), sine(high));
 }
 
-// x^y, special cases as in C99 annex F.
+// x^3: the square is exact, the product rounds once here and once to fp32.
+inline D cube(D x) { return x * x * x; }
+
+// x^y, special cases as in C99 annex F; x x where y is 2 and x x x where y is 3.
 inline D pow(D x, D y) {
   const D a = absolute(x);
   const Logarithm l = logarithm(a);
@@ -302,6 +305,7 @@ inline D pow(D x, D y) {
   r = (D)((W)r | odd);
   r = negative & ~whole & (a != 0.0) & (a != kInfinity) ? constant(kNaN) : r;
   r = y == 2.0 ? x * x : r;
+  r = y == 3.0 ? cube(x) : r;
   r = (a == 1.0) & (absolute(y) == kInfinity) ? constant(1.0) : r;
   return (x == 1.0) | (y == 0.0) ? constant(1.0) : r;
 }

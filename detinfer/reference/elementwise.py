@@ -301,7 +301,7 @@ def sine(x: Float, half: int = 0) -> Float:
 
 
 def pow_(x: Double, y: Double) -> Double:
-    """x^y, with the special cases of C99 annex F; exactly x x where y is 2."""
+    """x^y, with the special cases of C99 annex F; x x where y is 2 and x x x where y is 3."""
     a = np.abs(x)
     k, log_a = logarithm(a)
     log2_a = np.where(a == 0, -np.inf, np.where(np.isfinite(a), k + log_a * LOG2_E, a))
@@ -312,6 +312,7 @@ def pow_(x: Double, y: Double) -> Double:
     r = np.where(negative & odd, -r, r)
     r = np.where(negative & ~whole & (a != 0) & np.isfinite(a), np.nan, r)
     r = np.where(y == 2, x * x, r)
+    r = np.where(y == 3, x * x * x, r)
     r = np.where((a == 1) & np.isinf(y), 1.0, r)
     return np.where((x == 1) | (y == 0), 1.0, r)
 

@@ -32,7 +32,7 @@ def _double(f: Any) -> Callable[[Any], Any]:
 TRUTH: dict[str, tuple[Callable[[Any], Any], float]] = {
     "silu": (lambda x: x / (1 + np.exp(-x)), 1.05),
     "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), 1.0),
-    "exp": (np.exp, 1.0),
+    "exp": (np.exp, 1.01),
     "gelu": (lambda x: x * (0.5 * _double(erfc)(-x * math.sqrt(0.5))), 0.51),
     "gelu_tanh": (lambda x: x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))), 0.51),
     "tanh": (np.tanh, 0.51),
@@ -296,6 +296,9 @@ def test_square_is_one_rounding() -> None:
     expected = to_bits(from_values(to_values(x) * to_values(x), torch.float32))
     assert (to_bits(elementwise.pow_tensor_scalar(x, 2)) == expected).all()
     assert (to_bits(elementwise.pow_tensor_tensor(x, torch.full_like(x, 2))) == expected).all()
+    cubes = elementwise.pow_tensor_scalar(x, 3)
+    assert (to_bits(elementwise.pow_tensor_tensor(x, torch.full_like(x, 3))) == to_bits(cubes)).all()
+    assert ulps(to_values(cubes), to_values(x).astype(np.float64) ** 3).max() <= 0.51
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
