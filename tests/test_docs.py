@@ -60,7 +60,7 @@ def parse(words: list[str]) -> None:
         context = click.Context(found, info_name=words[0], parent=context)
         command, words = found, words[1:]
     _, rest, _ = command.make_parser(context).parse_args(list(words))
-    wanted = sum(isinstance(parameter, click.Argument) for parameter in command.params)
+    wanted = sum(isinstance(parameter, click.Argument) and parameter.required for parameter in command.params)
     help_only = any(word in ("--help", "-h", "--version") for word in words)
     if rest or (wanted and not help_only and len([word for word in words if not word.startswith("-")]) < wanted):
         raise click.UsageError(f"arguments of {command.name}: {words}")
