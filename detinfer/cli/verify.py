@@ -29,7 +29,9 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
 @click.option(
     "--batch-sizes", callback=_sizes, metavar="1,2,...", help="Sizes to use in turn [default: 1 to 64, edges first]."
 )
-@click.option("--control", is_flag=True, help="Also run the sweep with the policy off and report what diverges.")
+@click.option(
+    "--control", is_flag=True, help="Also run half of the trials with the policy off and report what diverges."
+)
 @click.option("--fail-fast", is_flag=True, help="Stop at the first trial that diverges.")
 @click.option("--only-trial", type=int, metavar="N", help="Redo trial N alone.")
 @click.option("--target", "spec", metavar="TARGET", help="Where the model is now [default: where it was recorded].")

@@ -107,7 +107,7 @@ class Comparison:
 
 @dataclass
 class Control:
-    """The same sweep with the policy off: a report, never judged."""
+    """The first half of the trials with the policy off: a report, never judged."""
 
     verdict: Verdict = "not_run"
     trials: int = 0
