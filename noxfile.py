@@ -26,7 +26,7 @@ def environment(session: nox.Session, *extras: str) -> None:
 
 def pytest(session: nox.Session, *arguments: str) -> None:
     """Run pytest, leaving its counts for scripts/check.py."""
-    session.run("python", "-m", "pytest", f"--junit-xml={REPORTS / session.name}.xml", *arguments)
+    session.run("python", "-m", "pytest", f"--junit-xml={REPORTS / session.name}.xml", "--durations=5", *arguments)
 
 
 @nox.session
