@@ -1,0 +1,1 @@
+"""Timings of detinfer against torch on this machine."""
