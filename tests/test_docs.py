@@ -164,11 +164,16 @@ def test_variables_exist_and_are_documented() -> None:
         for path in (ROOT / "detinfer").rglob("*.py")
         for name in re.findall(r'"(DETINFER_[A-Z_]+)"', path.read_text())
     }
+    read |= {
+        name
+        for path in (ROOT / "csrc").rglob("*.[ch]*")
+        for name in re.findall(r'getenv\("(DETINFER_[A-Z0-9_]+)"', path.read_text(encoding="utf-8"))
+    }
     page = (ROOT / "docs/reference/variables.md").read_text(encoding="utf-8")
     assert read
-    assert set(re.findall(r"^\| `(DETINFER_[A-Z_]+)`", page, re.MULTILINE)) == read
+    assert set(re.findall(r"^\| `(DETINFER_[A-Z0-9_]+)`", page, re.MULTILINE)) == read
     for path in FILES:
-        assert set(re.findall(r"\bDETINFER_(?:CPU|NATIVE)_[A-Z_]+", path.read_text(encoding="utf-8"))) <= read, path
+        assert set(re.findall(r"\bDETINFER_(?:CPU|NATIVE)_[A-Z0-9_]+", path.read_text(encoding="utf-8"))) <= read, path
 
 
 def anchors(path: Path) -> set[str]:
