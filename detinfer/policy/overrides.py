@@ -66,8 +66,8 @@ def _override(name: str, function: Callable[..., Any], original: Any, families: 
         result = function(*args, **kwargs)
         if result is NotImplemented:
             result = original.call_boxed(keys, *args, **kwargs)
-            if isinstance(result, Tensor) and result.dtype not in done:
-                settle_integers(result.dtype, done)
+            if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
+                check_allowed()
         elif isinstance(result, Tensor) and result.dtype not in done and not settle(result.dtype, done):
             # The function made floating point of integers, but the policy sends that dtype to torch's own kernel.
             return original.call_boxed(keys, *args, **kwargs)
@@ -84,12 +84,9 @@ def _override(name: str, function: Callable[..., Any], original: Any, families: 
         done.add(dtype)
         return True
 
-    def settle_integers(dtype: torch.dtype, done: set[torch.dtype]) -> None:
-        """Integers in: torch's kernel is exact, unless it made floating point of them."""
-        if dtype.is_floating_point or dtype.is_complex:
-            if name not in STATE.policy().allow:
-                raise RefusedError(message(f"{name} on integers", FROM_INTEGERS))
-        else:
-            done.add(dtype)
+    def check_allowed() -> None:
+        """Integers in, floating point out, on torch's kernel: exact nothing, proved nothing."""
+        if name not in STATE.policy().allow:
+            raise RefusedError(message(f"{name} on integers", FROM_INTEGERS))
 
     return call
