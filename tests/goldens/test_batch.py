@@ -20,9 +20,7 @@ def test_the_dimension_that_doubles_is_the_batch() -> None:
 def test_any_other_change_of_shape_is_refused(shape: tuple[int, ...]) -> None:
     """A size that grows by one, two sizes that change, a dimension that appears: no batch can be formed."""
     with pytest.raises(batch.NoBatch, match="batch 2"):
-        batch.find(
-            tree.encode(torch.zeros(1, 3) if len(shape) > 1 else torch.zeros(1, 3)), tree.encode(torch.zeros(shape))
-        )
+        batch.find(tree.encode(torch.zeros(1, 3)), tree.encode(torch.zeros(shape)))
 
 
 def test_join_puts_rows_in_the_given_order() -> None:
