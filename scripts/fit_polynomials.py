@@ -2,18 +2,22 @@
 
 Prints, for each polynomial of csrc/cpu/math.h and detinfer/reference/elementwise.py, its coefficients (lowest power
 first) and the largest relative error of the function built from the *rounded* coefficients. Run it to check the
-tables, or with another degree to trade speed for accuracy:
+tables, or with another degree to trade speed for accuracy. With ``--gelu`` it prints the table of gelu's tail instead,
+as csrc/cpu/gelu_table.h or as detinfer/reference/gelu_table.py:
 
     python scripts/fit_polynomials.py
+    python scripts/fit_polynomials.py --gelu c++
+    python scripts/fit_polynomials.py --gelu python
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from mpmath import cos, erf, erfc, exp, fabs, linspace, log, lu_solve, matrix, mp, mpf, pi, sin, sqrt
+from mpmath import chebyfit, cos, erf, erfc, exp, fabs, linspace, log, lu_solve, matrix, mp, mpf, pi, sin, sqrt
 
 mp.dps = 40
 Real = Callable[[mpf], mpf]
@@ -140,8 +144,71 @@ def _horner(coefficients: list[mpf], x: mpf) -> mpf:
     return p
 
 
+GELU_INTERVALS, GELU_DEGREE = 32, 6
+
+
+def _gelu_tail(a: mpf) -> mpf:
+    return exp(a * a / 2) * erfc(a / sqrt(mpf(2))) / 2
+
+
+def gelu_table() -> tuple[list[list[float]], mpf]:
+    """Coefficients of e^(a^2/2) Phi(-a) in s = a - i/2 for each i from 0 to 31, and the largest relative error.
+
+    Row 0 holds what the constant coefficients lose by rounding to fp32, row 1 + j the coefficients of s^j.
+    """
+    rows: list[list[float]] = [[] for _ in range(GELU_DEGREE + 2)]
+    worst = mpf(0)
+    for i in range(GELU_INTERVALS):
+        center, low, high = mpf(i) / 2, mpf(0) if i == 0 else mpf("-0.25"), mpf("0.25")
+        fitted = chebyfit(lambda s, center=center: _gelu_tail(center + s), [low, high], GELU_DEGREE + 1)[::-1]
+        single = [float(np.float32(float(c))) for c in fitted]
+        lost = float(np.float32(float(fitted[0] - mpf(single[0]))))
+        for row, value in zip(rows, [lost, *single], strict=True):
+            row.append(value)
+        for s in linspace(low, high, 101):
+            built = _horner([mpf(single[0]) + mpf(lost), *map(mpf, single[1:])], s)
+            worst = max(worst, fabs(built / _gelu_tail(center + s) - 1))
+    return rows, worst
+
+
+def _short_hex(value: float) -> str:
+    mantissa, _, exponent = value.hex().partition("p")
+    return f"{mantissa.rstrip('0').rstrip('.')}p{exponent}"
+
+
+def print_gelu_table(language: str) -> None:
+    """Print the table as a C++ header or as a Python module."""
+    rows, worst = gelu_table()
+    what = (
+        f"e^(a^2/2) Phi(-a) in s = a - i/2 for i from 0 to {GELU_INTERVALS - 1}, relative error 2^{float(mp.log(worst, 2)):.1f}:\n"
+        "what the constant coefficients lose by rounding to fp32, then the coefficients of s^0 to s^6.\n"
+        "Made by scripts/fit_polynomials.py --gelu."
+    )
+    python = language == "python"
+    if python:
+        print(f'"""{what}\n"""\n\nGELU_TAIL = (')
+    else:
+        print("\n".join(f"// {line}" for line in what.splitlines()))
+        print("#pragma once\n\nnamespace detinfer {\nnamespace {\n")
+        print(f"alignas(64) constexpr float kGeluTail[{len(rows)}][{GELU_INTERVALS}] = {{")
+    for row in rows:
+        print("    (" if python else "    {")
+        for i in range(0, GELU_INTERVALS, 1 if python else 4):
+            print(
+                "        "
+                + " ".join(f"{v!r}," if python else f"{_short_hex(v)}f," for v in row[i : i + (1 if python else 4)])
+            )
+        print("    )," if python else "    },")
+    print(")" if python else "};\n\n}  // namespace\n}  // namespace detinfer")
+
+
 def main() -> None:
     """Print every table."""
+    parser = argparse.ArgumentParser(description="Fit the polynomials of the elementwise family.")
+    parser.add_argument("--gelu", choices=("c++", "python"))
+    if (language := parser.parse_args().gelu) is not None:
+        print_gelu_table(language)
+        return
     for fit in FITS:
         rounded = [float(np.float32(float(c))) if fit.single else float(c) for c in minimax(fit)]
         worst = max(

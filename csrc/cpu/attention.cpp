@@ -13,13 +13,14 @@ namespace {
 thread_local Scratch scratch;
 thread_local Scratch range_scratch;
 
-// Scores that a task keeps (1 MiB of fp32), and the least rows that are worth packing K and V for.
-constexpr int64_t kScores = 1 << 18;
+// Scores that a task keeps (512 KiB of fp32), and the least rows that are worth packing K and V for.
+constexpr int64_t kScores = 1 << 17;
 constexpr int64_t kLeastRows = 24;
-// Elements to the next cache line, at least.
-constexpr int kLine = 16;
 // Multiplications below which waking another thread costs more than it saves.
 constexpr int64_t kAlone = 1 << 19;
+
+// Elements of a cache line.
+template <DType T> constexpr int kLine = 64 / sizeof(typename Storage<T>::type);
 
 struct Row {
   int64_t head, query;
@@ -39,8 +40,10 @@ inline int64_t keys_at(const AttentionPlan& plan, int64_t query) {
   return plan.causal ? least(query + 1, plan.keys) : plan.keys;
 }
 
-template <DType T> struct Call {
-  using E = typename Storage<T>::type;
+// Rounded up to whole cache lines.
+inline int64_t whole(int64_t floats) { return quotient_up(floats, 16) * 16; }
+
+struct Call {
   const AttentionPlan& plan;
   const AttentionArgs& args;
   int64_t group;       // query heads that read one head of K and V
@@ -56,16 +59,36 @@ template <DType T> struct Call {
 
 template <DType T> struct Task {
   using E = typename Storage<T>::type;
-  const Call<T>& call;
+  const Call& call;
   const AttentionPlan& plan;
-  int64_t batch, kv_head, first;
-  int rows;
-  int64_t low, high;  // keys that any row of the task sees
-  int tiles;
-  int64_t score_row;
-  Row* row;
-  Tile* tile;
-  float *q, *panel, *values, *scores, *out;
+  const int64_t batch, kv_head, first;
+  const int rows;
+  int64_t low = 0, high = 0;  // keys that any row of the task sees
+  int tiles = 0;
+  const int64_t score_row;
+  Row* row = nullptr;
+  Tile* tile = nullptr;
+  float *q = nullptr, *panel = nullptr, *values = nullptr, *scores = nullptr, *out = nullptr;
+
+  Task(const Call& c, int64_t kv, int64_t start)
+      : call(c), plan(c.plan), batch(kv / c.plan.kv_heads), kv_head(kv % c.plan.kv_heads), first(start),
+        rows(static_cast<int>(least(c.task_rows, c.group_rows - start))), score_row(whole(c.plan.keys) + kKeys) {}
+
+  bool allocate() {
+    const int64_t row_floats = whole(quotient_up(rows * static_cast<int64_t>(sizeof(Row)), 4));
+    const int64_t tile_floats = whole(quotient_up(quotient_up(rows, kRows) * static_cast<int64_t>(sizeof(Tile)), 4));
+    const int64_t sizes[] = {whole(rows * plan.depth), whole(plan.depth * kKeys + kKeys),
+                             whole(kValueRows * call.value_width), rows * score_row, whole(rows * call.value_width)};
+    float** const places[] = {&q, &panel, &values, &scores, &out};
+    int64_t total = row_floats + tile_floats;
+    for (int64_t size : sizes) total += size;
+    float* memory = scratch.get(total);
+    if (memory == nullptr) return false;
+    row = reinterpret_cast<Row*>(memory), memory += row_floats;
+    tile = reinterpret_cast<Tile*>(memory), memory += tile_floats;
+    for (int i = 0; i < 5; i++) *places[i] = memory, memory += sizes[i];
+    return true;
+  }
 
   float* scores_of(int r, int64_t key) const { return scores + r * score_row + (key - low); }
 
@@ -111,9 +134,9 @@ template <DType T> struct Task {
       for (int64_t key = block; key < end; key += kLanes) {
         const int lanes = static_cast<int>(least(kLanes, end - key));
         const E* keys = base + key * plan.k.row;
-        if (key + kLanes < high)
+        if (tiles == 1 && key + kLanes < high)
           for (int r = kLanes; r < 2 * kLanes; r++)
-            for (int64_t d = 0; d < plan.depth; d += kLine) __builtin_prefetch(keys + r * plan.k.row + d);
+            for (int64_t d = 0; d < plan.depth; d += kLine<T>) __builtin_prefetch(keys + r * plan.k.row + d);
         pack_lanes<T>(keys, plan.k.row, 1, lanes, plan.depth, panel + (key - block), kKeys);
       }
       for (int i = 0; i < tiles; i++) {
@@ -207,31 +230,10 @@ template <DType T> struct Task {
   }
 };
 
-inline int64_t whole(int64_t floats) { return quotient_up(floats, 16) * 16; }
-
-template <DType T> int run_task(const Call<T>& call, int64_t index) {
-  const AttentionPlan& plan = call.plan;
-  const int64_t pair = index / call.parts;
+template <DType T> int run_task(const Call& call, int64_t index) {
   // The last rows first: with a causal mask they have the most keys.
-  const int64_t first = (call.parts - 1 - index % call.parts) * call.task_rows;
-  const int rows = static_cast<int>(least(call.task_rows, call.group_rows - first));
-  Task<T> task = {call, plan, pair / plan.kv_heads, pair % plan.kv_heads, first, rows, 0, 0, 0, 0,
-                  nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
-  const int64_t score_row = whole(plan.keys) + kKeys;
-  const int64_t sizes[] = {whole(quotient_up(rows * static_cast<int64_t>(sizeof(Row)), 4)),
-                           whole(quotient_up(quotient_up(rows, kRows) * static_cast<int64_t>(sizeof(Tile)), 4)),
-                           whole(rows * plan.depth), whole(plan.depth * kKeys + kKeys),
-                           whole(kValueRows * call.value_width), rows * score_row, whole(rows * call.value_width)};
-  int64_t total = 0;
-  for (int64_t size : sizes) total += size;
-  float* memory = scratch.get(total);
-  if (memory == nullptr) return kOutOfMemory;
-  float** places[] = {nullptr, nullptr, &task.q, &task.panel, &task.values, &task.scores, &task.out};
-  task.row = reinterpret_cast<Row*>(memory);
-  task.tile = reinterpret_cast<Tile*>(memory + sizes[0]);
-  memory += sizes[0] + sizes[1];
-  for (int i = 2; i < 7; i++) *places[i] = memory, memory += sizes[i];
-  task.score_row = score_row;
+  Task<T> task(call, index / call.parts, (call.parts - 1 - index % call.parts) * call.task_rows);
+  if (!task.allocate()) return kOutOfMemory;
   task.find_ranges();
   if (task.low < task.high) {
     task.widen_queries();
@@ -245,18 +247,18 @@ template <DType T> int run_task(const Call<T>& call, int64_t index) {
 
 // Threads take the next task when they are done with one: rows of a causal mask differ in work.
 template <DType T> void work(int64_t, int64_t, void* context) {
-  Call<T>& call = *static_cast<Call<T>*>(context);
+  Call& call = *static_cast<Call*>(context);
   for (;;) {
     const int64_t index = __atomic_fetch_add(&call.next, 1, __ATOMIC_RELAXED);
     if (index >= call.tasks) return;
-    const int status = run_task(call, index);
+    const int status = run_task<T>(call, index);
     if (status != kOk) __atomic_store_n(&call.status, status, __ATOMIC_RELAXED);
   }
 }
 
 // A mask that all heads share is looked through once and not by every task.
-template <DType T> void find_ranges_of(int64_t begin, int64_t end, void* context) {
-  Call<T>& call = *static_cast<Call<T>*>(context);
+void find_ranges_of(int64_t begin, int64_t end, void* context) {
+  Call& call = *static_cast<Call*>(context);
   for (int64_t i = begin; i < end; i++) {
     const int64_t query = i % call.plan.queries;
     const MaskRow mask = mask_row(call.plan, call.args.mask, i / call.plan.queries, 0, query);
@@ -277,13 +279,13 @@ template <DType T> int run(const AttentionArgs& args) {
     task_rows = least(task_rows, most(kLeastRows, quotient_up(rows * pairs, 8 * workers)));
   task_rows = least(rows, quotient_up(task_rows, kRows) * kRows);
   const int64_t parts = quotient_up(rows, task_rows);
-  Call<T> call = {plan, args, group, rows, task_rows, parts, pairs * parts,
+  Call call = {plan, args, group, rows, task_rows, parts, pairs * parts,
                   quotient_up(plan.value_depth, kLanes) * kLanes, nullptr, 0, kOk};
   const int64_t masks = plan.batch * plan.queries;
   if (plan.mask_kind != kMaskNone && plan.mask.head == 0 && pairs > 1) {
     call.ranges = reinterpret_cast<Range*>(range_scratch.get(quotient_up(masks * sizeof(Range), sizeof(float))));
     if (call.ranges == nullptr) return fail(kOutOfMemory, "attention: no memory for the mask's ranges");
-    parallel_for(0, masks, kAlone / (plan.keys + 1) + 1, find_ranges_of<T>, &call);
+    parallel_for(0, masks, kAlone / (plan.keys + 1) + 1, find_ranges_of, &call);
   }
   if (workers == 1) work<T>(0, 1, &call);
   else parallel_for(0, workers, 1, work<T>, &call);

@@ -25,7 +25,7 @@ template <int op> inline F unary(F x) {
   else if constexpr (op == kSqrt) return square_root(x);
   else if constexpr (op == kSin) return sine_or_cosine(x, 0);
   else if constexpr (op == kCos) return sine_or_cosine(x, 1);
-  else if constexpr (op == kGelu) return in_double<gelu>(x);
+  else if constexpr (op == kGelu) return gelu(x);
   else if constexpr (op == kGeluTanh) return in_double<gelu_tanh>(x);
   else if constexpr (op == kTanh) return in_double<tanh>(x);
   else if constexpr (op == kExp2) return in_double<exp2>(x);

@@ -85,18 +85,19 @@ class _Call:
         self.stride = stride
         self.dtype = dtype
 
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        out = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
-        mask_pointer = 0 if mask is None else mask.data_ptr()
-        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), mask_pointer, out.data_ptr())
-        if (status := self.run(_pack_args(self.address, *pointers))) != 0:
-            native.check(status)
-        return out
-
 
 _calls: dict[tuple[Any, ...], _Call] = {}
+
+
+def _run(
+    call: _Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    out = torch.empty_strided(call.shape, call.stride, dtype=call.dtype)
+    mask_pointer = 0 if mask is None else mask.data_ptr()
+    pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), mask_pointer, out.data_ptr())
+    if (status := call.run(_pack_args(call.address, *pointers))) != 0:
+        native.check(status)
+    return out
 
 
 def scaled_dot_product_attention(
@@ -129,7 +130,7 @@ def scaled_dot_product_attention(
     )  # fmt: skip
     call = _calls.get(signature)
     if call is not None:
-        return call(query, key, value, attn_mask)
+        return _run(call, query, key, value, attn_mask)
     if not (query.is_floating_point() or query.is_complex()):
         return NotImplemented
     _refuse(query, key, value, attn_mask, dropout_p)
@@ -140,7 +141,7 @@ def scaled_dot_product_attention(
         if len(_calls) >= _KEPT_CALLS:
             _calls.clear()
         _calls[signature] = call
-    return call(*views)
+    return _run(call, *views)
 
 
 def _in_place(view: torch.Tensor | None, tensor: torch.Tensor | None) -> bool:

@@ -1,6 +1,6 @@
 """The elementwise functions, in numpy: float32 in, float32 out, each result a function of its element alone.
 
-``exp``, ``sigmoid``, ``silu`` and ``rsqrt`` are float32 operations and fused multiply-adds; all others are computed in
+``exp``, ``sigmoid``, ``silu``, ``gelu`` and ``rsqrt`` are float32 operations and fused multiply-adds; all others are computed in
 float64 with plain additions, multiplications and divisions in the order written here, then rounded once. Coefficients
 are minimax fits (``scripts/fit_polynomials.py`` makes them and measures their errors), lowest power first.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from detinfer.reference.arithmetic import Double, Float, fma, single
+from detinfer.reference.gelu_table import GELU_TAIL
 
 # e^r = 1 + r + r^2 p(r) for |r| <= ln(2) / 2, relative error 2^-28.0
 EXP32 = (0.4999999403953552, 0.1666652113199234, 0.04166838899254799, 0.008368716575205326, 0.001381459878757596)
@@ -76,11 +77,12 @@ def polynomial(coefficients: Sequence[float], x: Double) -> Double:
     return p
 
 
-def exponential(v: Float) -> tuple[Float, Float]:
-    """(q, k) with e^v = 2^k (1 + q), k the integer nearest to v / ln 2, for |v| <= 130."""
+def exponential(v: Float, low: Any = None) -> tuple[Float, Float]:
+    """(q, k) with e^(v + low) = 2^k (1 + q), k the integer nearest to v / ln 2, for |v| <= 130 and tiny ``low``."""
     k = fma(v, np.float32(LOG2_E), np.float32(1.5 * 2**23)) - np.float32(1.5 * 2**23)
     r = fma(k, np.float32(-0.693145751953125), v)
     r = fma(k, np.float32(-1.428606765330187e-06), r)
+    r = r if low is None else r + low
     c = np.full_like(v, EXP32[-1])
     for coefficient in reversed(EXP32[:-1]):
         c = fma(c, r, np.float32(coefficient))
@@ -135,6 +137,31 @@ def silu(x: Float) -> Float:
     )
     result = np.copysign(np.where(positive, y, times_power_of_two(y, k)), x)  # -0 stays -0
     return np.where(np.abs(x) > 130, np.where(positive, x, x * np.float32(0)), result)
+
+
+def gelu(x: Float) -> Float:
+    """x Phi(x) as max(x, 0) - a Phi(-a), a = |x|, Phi the normal distribution function; NaN for -Inf, as in torch.
+
+    Phi(-a) = e^(-a^2/2) R(a), R from the table of polynomials around the multiples of 1/2. Low parts, where a name ends
+    in ``_low``, hold what the rounding of a product lost.
+    """
+    a = np.abs(x)
+    v = _clamp(a, 0.0, 14.6)
+    i = np.rint(np.nan_to_num(v) * np.float32(2))
+    s = fma(i, np.float32(-0.5), v)
+    c = np.array(GELU_TAIL, np.float32)[:, i.astype(np.int64)]
+    p = c[7]
+    for coefficient in c[6:1:-1]:
+        p = fma(p, s, coefficient)
+    tail = fma(p, s, c[1])
+    tail_low = fma(p, s, c[1] - tail) + c[0]
+    h = v * v
+    h_low = fma(v, v, -h)
+    q, k = exponential(h * np.float32(-0.5), h_low * np.float32(-0.5))
+    product = v * tail
+    product_low = fma(v, tail_low, fma(v, tail, -product))
+    t = times_power_of_two(product + fma(product, q, fma(product_low, q, product_low)), k)
+    return single(np.where(x >= 0, x, x * np.float32(0)) - t)
 
 
 def rsqrt(x: Float) -> Float:
@@ -251,12 +278,6 @@ def erf_(x: Double) -> Double:
     return np.where(np.abs(x) < 1, x * polynomial(ERF, t), np.copysign(large, x))
 
 
-def gelu_(x: Double) -> Double:
-    """x Phi(x), Phi the normal distribution function."""
-    q = 0.5 * _erfc_positive(np.abs(x) * np.sqrt(0.5), exp2_(x * x * (-0.5 * LOG2_E)))
-    return x * np.where(x < 0, q, 1.0 - q)
-
-
 def gelu_tanh_(x: Double) -> Double:
     """x (1 + tanh v) / 2 with v = sqrt(2 / pi) (x + 0.044715 x^3), as x / (1 + e^-2v)."""
     v = x * (x * x * 0.044715 + 1.0)
@@ -327,7 +348,7 @@ def _in_double2(f: Callable[[Double, Double], Double]) -> Callable[[Float, Float
 
 UNARY: dict[str, Callable[[Float], Float]] = {
     "silu": silu,
-    "gelu": _in_double(gelu_),
+    "gelu": gelu,
     "gelu_tanh": _in_double(gelu_tanh_),
     "sigmoid": sigmoid,
     "tanh": _in_double(tanh_),
