@@ -10,6 +10,20 @@
 
 #define DETINFER_EXPORT extern "C" __attribute__((visibility("default")))
 
+// Marks what both the host and a GPU run. The file with no kernel in it sees plain functions.
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define DETINFER_HD __host__ __device__
+#else
+#define DETINFER_HD
+#endif
+
+// Before a template that calls what it is given: nvcc then does not warn of a functor made for one side alone.
+#if defined(__NVCC__)
+#define DETINFER_ANY_SIDE _Pragma("nv_exec_check_disable")
+#else
+#define DETINFER_ANY_SIDE
+#endif
+
 namespace detinfer {
 
 // Returned by every exported function; detinfer_error() has the sentence of this thread's last failure.

@@ -2,16 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#include "order.h"
+
 namespace detinfer {
 
 // detinfer/ops/rows.py has the same numbers.
 enum RowsOp : int32_t { kSum = 0, kMean, kMax, kMin, kSoftmax, kLogSoftmax, kRmsNorm, kLayerNorm };
-
-// What RMSNorm does after h * r: round to T, then times w; times w; times (1 + w).
-enum WeightMode : int32_t { kLlama = 0, kFp32Weight, kGemma };
-
-// What RMSNorm normalises when a residual is given: the sum rounded to T, or the unrounded sum.
-enum ResidualMode : int32_t { kRounded = 0, kUnrounded };
 
 struct RowsArgs {
   int32_t op;             // RowsOp

@@ -7,34 +7,36 @@
 #include <cstdint>
 #include <cstring>
 
+#include "platform.h"
+
 namespace detinfer {
 
-static inline float bits_to_float(uint32_t bits) {
+DETINFER_HD static inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-static inline uint32_t float_to_bits(float value) {
+DETINFER_HD static inline uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-static inline bool is_nan_bits(uint32_t bits) { return (bits & 0x7fffffffu) > 0x7f800000u; }
+DETINFER_HD static inline bool is_nan_bits(uint32_t bits) { return (bits & 0x7fffffffu) > 0x7f800000u; }
 
-static inline float canonical(float value) { return value != value ? bits_to_float(0x7fffffffu) : value; }
+DETINFER_HD static inline float canonical(float value) { return value != value ? bits_to_float(0x7fffffffu) : value; }
 
-static inline float bfloat16_to_float(uint16_t value) { return bits_to_float(static_cast<uint32_t>(value) << 16); }
+DETINFER_HD static inline float bfloat16_to_float(uint16_t value) { return bits_to_float(static_cast<uint32_t>(value) << 16); }
 
 // Round to nearest, ties to even.
-static inline uint16_t float_to_bfloat16(float value) {
+DETINFER_HD static inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<uint16_t>(is_nan_bits(bits) ? 0x7fffu : rounded);
 }
 
-static inline float float16_to_float(uint16_t value) {
+DETINFER_HD static inline float float16_to_float(uint16_t value) {
   const uint32_t sign = static_cast<uint32_t>(value & 0x8000u) << 16;
   const uint32_t magnitude = value & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
@@ -43,7 +45,7 @@ static inline float float16_to_float(uint16_t value) {
 }
 
 // Round to nearest, ties to even; overflow gives infinity, values below the least subnormal give a signed zero.
-static inline uint16_t float_to_float16(float value) {
+DETINFER_HD static inline uint16_t float_to_float16(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;

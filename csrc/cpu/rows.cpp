@@ -161,20 +161,20 @@ template <DType T, class Input>
 void rms_norm_row(const RowsArgs& args, int64_t row, const float* weight, const Input& h) {
   const int64_t n = args.n;
   Element<T>* out = static_cast<Element<T>*>(args.out) + row * n;
-  const float mean = sum_of_squares(n, h) / static_cast<float>(n);
-  const float scalar = 1.0f / __builtin_sqrtf(mean + static_cast<float>(args.eps));
+  const float scalar = inverse_root(sum_of_squares(n, h), n, static_cast<float>(args.eps));
   if (args.rstd != nullptr) put_one(args.rstd, args.stat_dtype, row, scalar);
-  const F r = broadcast(scalar);
+  const F r = broadcast(scalar), one = broadcast(1.0f);
+  const auto round = [](F v) { return rounded<T>(v); };
   const auto apply = [=](auto finish) {
     each_vector(n, [=](int64_t i, int count) {
       const F w = weight == nullptr ? broadcast(1.0f) : take<kFloat32>(weight + i, count, 0.0f);
-      put<T>(out + i, finish(h(i, count) * r, w), count);
+      put<T>(out + i, finish(h(i, count), w), count);
     });
   };
-  if (weight == nullptr) apply([](F v, F) { return v; });
-  else if (args.weight_mode == kLlama) apply([](F v, F w) { return rounded<T>(v) * w; });
-  else if (args.weight_mode == kGemma) apply([](F v, F w) { return v * (1.0f + w); });
-  else apply([](F v, F w) { return v * w; });
+  if (weight == nullptr) apply([=](F v, F) { return mul_rn(v, r); });
+  else if (args.weight_mode == kLlama) apply([=](F v, F w) { return norm_output<kLlama>(v, r, w, one, round); });
+  else if (args.weight_mode == kGemma) apply([=](F v, F w) { return norm_output<kGemma>(v, r, w, one, round); });
+  else apply([=](F v, F w) { return norm_output<kFp32Weight>(v, r, w, one, round); });
 }
 
 template <DType T> void rms_norm(const RowsArgs& args, int64_t row, const float* weight) {
@@ -184,7 +184,7 @@ template <DType T> void rms_norm(const RowsArgs& args, int64_t row, const float*
   if (args.residual == nullptr) return rms_norm_row<T>(args, row, weight, plain);
   const Element<T>* residual = static_cast<const Element<T>*>(args.residual) + row * n;
   Element<T>* sum_out = static_cast<Element<T>*>(args.residual_out) + row * n;
-  const auto sum = [=](int64_t i, int count) { return plain(i, count) + take<T>(residual + i, count, 0.0f); };
+  const auto sum = [=](int64_t i, int count) { return add_rn(plain(i, count), take<T>(residual + i, count, 0.0f)); };
   each_vector(n, [=](int64_t i, int count) { put<T>(sum_out + i, sum(i, count), count); });
   if (args.residual_mode == kUnrounded) rms_norm_row<T>(args, row, weight, sum);
   else rms_norm_row<T>(args, row, weight, [=](int64_t i, int count) { return take<T>(sum_out + i, count, 0.0f); });
@@ -197,8 +197,7 @@ template <DType T> void layer_norm(const RowsArgs& args, int64_t row, const floa
   const float mean = sum_of(n, [=](int64_t i, int count) { return take<T>(x + i, count, -0.0f); }) / static_cast<float>(n);
   // Lanes past the end are the mean itself: their deviation is 0.
   const auto deviation = [=](int64_t i, int count) { return take<T>(x + i, count, mean) - broadcast(mean); };
-  const float variance = sum_of_squares(n, deviation) / static_cast<float>(n);
-  const float scalar = 1.0f / __builtin_sqrtf(variance + static_cast<float>(args.eps));
+  const float scalar = inverse_root(sum_of_squares(n, deviation), n, static_cast<float>(args.eps));
   if (args.mean != nullptr) put_one(args.mean, args.stat_dtype, row, mean);
   if (args.rstd != nullptr) put_one(args.rstd, args.stat_dtype, row, scalar);
   each_vector(n, [=](int64_t i, int count) {
