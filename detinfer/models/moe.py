@@ -1,0 +1,97 @@
+"""A mixture-of-experts layer whose bits do not depend on how many tokens an expert got.
+
+Every expert is spread over all ranks by its inner columns, so a rank joins its parts of the experts' outputs, and of
+the shared expert's, in fp32 and in one order (detinfer/reference/moe.py), rounds once, and the ranks' sums are added.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from detinfer.models.parallel import AllReduce, Product, RowParallel
+
+
+class TopK(nn.Module):
+    """Router logits [..., experts] to weights, fp32 [..., k], and experts, int64 [..., k], in descending order.
+
+    Ties go to the lower index. Weights are the softmax of the chosen logits alone. Logits must be finite.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
+
+    def forward(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left, found = logits, []
+        for _ in range(self.k):  # argmax gives the first of equal ones; topk promises nothing
+            found.append(left.argmax(-1, keepdim=True))
+            left = left.scatter(-1, found[-1], float("-inf"))
+        experts = torch.cat(found, -1)
+        return torch.softmax(logits.gather(-1, experts).float(), -1), experts
+
+
+class Experts(nn.Module):
+    """The chosen experts' outputs, joined: unrounded in fp32 until the one rounding at the end.
+
+    Weights: ``gate`` and ``up`` [experts, inner, hidden], ``down`` [experts, hidden, inner].
+    """
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(gate.contiguous(), requires_grad=False)
+        self.up = nn.Parameter(up.contiguous(), requires_grad=False)
+        self.down = nn.Parameter(down.contiguous(), requires_grad=False)
+
+    def extra_repr(self) -> str:
+        experts, inner, hidden = self.gate.shape
+        return f"{experts} experts, {hidden} -> {inner} -> {hidden}"
+
+    def forward(
+        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, shared: torch.Tensor
+    ) -> torch.Tensor:
+        """[B, S, hidden], [B, S, k], [B, S, k], fp32 [B, S, hidden] to [B, S, hidden] of the dtype of ``x``."""
+        tokens, k = x.flatten(0, -2), weights.shape[-1]
+        chosen = experts.flatten(0, -2)
+        outputs = torch.empty((k, *tokens.shape), dtype=torch.float32)
+        for expert in range(len(self.gate)):
+            token, place = torch.nonzero(chosen == expert, as_tuple=True)
+            if len(token):
+                outputs[place, token] = self._expert(expert, tokens[token])
+        share = weights.flatten(0, -2)[..., None]
+        acc = share[:, 0] * outputs[0]
+        for rank in range(1, k):
+            acc = acc + share[:, rank] * outputs[rank]
+        return (acc + shared.flatten(0, -2)).to(x.dtype).view(x.shape)
+
+    def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        inner = F.silu(F.linear(x, self.gate[expert])) * F.linear(x, self.up[expert])
+        return F.linear(inner.float(), self.down[expert].float())
+
+
+class MoE(nn.Module):
+    """Router, experts and a shared expert that every token takes: [B, S, hidden] to the same, summed over ranks."""
+
+    def __init__(
+        self,
+        router: Product,
+        k: int,
+        experts: Experts,
+        shared: tuple[Product, Product, RowParallel],
+        all_reduce: AllReduce,
+    ) -> None:
+        super().__init__()
+        self.router, self.top_k, self.experts = router, TopK(k), experts
+        self.shared_gate, self.shared_up, self.shared_down = shared
+        self.activation = nn.SiLU()
+        self.all_reduce = all_reduce
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, experts = self.top_k(self.router(x))
+        shared = self.shared_down(self.activation(self.shared_gate(x)) * self.shared_up(x))
+        joined: torch.Tensor = self.all_reduce(self.experts(x, weights, experts, shared))
+        return joined
