@@ -29,8 +29,9 @@ namespace detinfer {
 // Returned by every exported function; detinfer_error() has the sentence of this thread's last failure.
 enum Status : int { kOk = 0, kBadArgument = 1, kOutOfMemory = 2, kNotSupported = 3 };
 
-// Storage types; all arithmetic is fp32 unless a function says otherwise.
-enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// Storage types; all arithmetic is fp32 unless a function says otherwise. The collectives alone know those from kFloat64
+// on, which they add in the type itself.
+enum DType : int { kFloat32 = 0, kBFloat16, kFloat16, kFloat64, kInt8, kUInt8, kInt16, kInt32, kInt64 };
 
 // Records a sentence for detinfer_error() and returns `status`.
 int fail(Status status, const char* sentence);

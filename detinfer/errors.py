@@ -3,11 +3,13 @@
 DetinferError                 3  internal, unless a subclass says otherwise
 ├── UsageError                2  the call cannot be understood: an option, a name, a value
 │   ├── TargetError           2  the target to record or verify cannot be loaded or run
-│   └── UnsupportedDtype      2  a dtype that the contract has no order for
+│   ├── UnsupportedDtype      2  a dtype that the contract has no order for
+│   └── RankMismatch          2  the ranks of a group called a collective with different arguments
 ├── Diverged                  1  bits differ
 ├── GoldenError               4  a golden is missing, corrupt, stale or of another model
 ├── Vacuous                   5  nothing could have failed
 ├── InfrastructureError       6  a process, server or disk failed
+│   └── PeerError             6  a rank of a group died, left or did not arrive
 ├── NativeError               3  the native library is missing or refused a call
 └── RefusedError              2  the policy refuses an operation
 """
@@ -46,6 +48,10 @@ class UnsupportedDtype(UsageError):
     """A dtype that the contract has no order for."""
 
 
+class RankMismatch(UsageError):
+    """The ranks of a group called a collective with different arguments; nothing was exchanged."""
+
+
 class RefusedError(UsageError):
     """The policy refuses an operation: nothing proved covers it and it is not allowed."""
 
@@ -72,6 +78,10 @@ class InfrastructureError(DetinferError):
     """A process, server or disk failed; nothing is said about bits."""
 
     exit_code: ClassVar[int] = EXIT_INFRASTRUCTURE
+
+
+class PeerError(InfrastructureError):
+    """A rank of a group died, left or did not arrive."""
 
 
 class NativeError(DetinferError):

@@ -21,7 +21,7 @@ import torch
 import detinfer
 from detinfer.errors import NativeError, UnsupportedDtype, UsageError
 
-ABI = 1
+ABI = 2
 ISA_VARIABLE = "DETINFER_CPU_ISA"
 """Holds the CPU kernels to an instruction set: ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``."""
 

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "../platform.h"
+#include "communicator.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -65,7 +66,7 @@ TorchParallelFor torch_parallel_for = nullptr;
 TorchGetNumThreads torch_get_num_threads = nullptr;
 
 #define DETINFER_TABLE(level) \
-  Kernels { level::matmul, level::attention, level::elementwise, level::rows }
+  Kernels { level::matmul, level::attention, level::elementwise, level::rows, level::all_reduce }
 
 struct Level {
   const char* name;
@@ -94,7 +95,7 @@ const Level kLevels[] = {
     {"avx2", has_avx2, DETINFER_TABLE(avx2)},
     {"avx512", has_avx512, DETINFER_TABLE(avx512)},
     {"avx512_bf16", has_avx512_bf16,
-     {avx512_bf16::matmul, avx512::attention, avx512::elementwise, avx512::rows}},
+     {avx512_bf16::matmul, avx512::attention, avx512::elementwise, avx512::rows, avx512::all_reduce}},
 #endif
 };
 const Level* current = &kLevels[0];
@@ -128,7 +129,7 @@ using namespace detinfer;
 DETINFER_EXPORT const char* detinfer_error() { return last_error; }
 
 // Raised by one whenever a signature below or in a family file changes; native.py refuses any other.
-DETINFER_EXPORT int detinfer_abi() { return 1; }
+DETINFER_EXPORT int detinfer_abi() { return 2; }
 
 // Name of the i-th level that this build has and this CPU can run, in ascending order; null past the end.
 DETINFER_EXPORT const char* detinfer_cpu_level(int i) {
@@ -166,3 +167,11 @@ DETINFER_ENTRY(matmul, MatmulArgs)
 DETINFER_ENTRY(attention, AttentionArgs)
 DETINFER_ENTRY(elementwise, ElementwiseArgs)
 DETINFER_ENTRY(rows, RowsArgs)
+DETINFER_ENTRY(all_reduce, AllReduceArgs)
+
+// One collective, together with the other ranks; communicator.cpp opens and closes the communicator.
+DETINFER_EXPORT int detinfer_communicator_call(Communicator* communicator, const CollectiveArgs* args) {
+  if (communicator == nullptr || args == nullptr) return fail(kBadArgument, "collective: no arguments were given");
+  const DefaultFloatMode mode;
+  return collective(*communicator, *args);
+}

@@ -1,6 +1,7 @@
 // The CPU kernels' table: one entry a family, one table an instruction set.
 #pragma once
 
+#include "../all_reduce.h"
 #include "../attention.h"
 #include "../elementwise.h"
 #include "../matmul.h"
@@ -14,6 +15,7 @@ struct Kernels {
   int (*attention)(const AttentionArgs&);
   int (*elementwise)(const ElementwiseArgs&);
   int (*rows)(const RowsArgs&);
+  int (*all_reduce)(const AllReduceArgs&);
 };
 
 #define DETINFER_DECLARE(level)              \
@@ -22,11 +24,14 @@ struct Kernels {
   int attention(const AttentionArgs&);       \
   int elementwise(const ElementwiseArgs&);   \
   int rows(const RowsArgs&);                 \
+  int all_reduce(const AllReduceArgs&);      \
   }
 DETINFER_DECLARE(baseline)
 DETINFER_DECLARE(avx2)
 DETINFER_DECLARE(avx512)
 DETINFER_DECLARE(avx512_bf16)
 #undef DETINFER_DECLARE
+
+const Kernels& kernels();  // of the current instruction set
 
 }  // namespace detinfer
