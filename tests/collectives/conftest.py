@@ -1,0 +1,44 @@
+"""Eight processes for the tests of a file, connected in groups of every size."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = str(Path(__file__).parent)
+if HERE not in sys.path:  # `ranks` is imported by name, here and in the processes
+    sys.path.append(HERE)
+
+import ranks as _ranks  # noqa: E402
+
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
+STAGING = 4096
+"""Small, so that tensors of a few thousand elements go in pieces."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server() -> Iterator[None]:
+    """The server of processes starts with what it needs to import this project and ``ranks``."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    yield
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[_ranks.Ranks]:
+    """Processes 0 to n - 1 hold a communicator named ``n`` for each n of SIZES."""
+    found = _ranks.Ranks(max(SIZES))
+    try:
+        for size in SIZES:
+            assert found.connect(size, str(size), timeout=100.0, staging=STAGING) == [None] * size
+        yield found
+    finally:
+        found.close()
