@@ -79,7 +79,7 @@ template <DType T> int run(const MatmulArgs& args) {
     run_batch<T>(0, count, &batch);  // each product is spread over the threads
   } else {
     const int64_t cycles = plan.k * (plan.n / kPanel + 1) * (plan.m + 16) + 1;
-    parallel_for(0, count, most(1, kTaskCycles / cycles), run_batch<T>, &batch);
+    parallel_for(0, count, most(1, kWorkerCycles / cycles), run_batch<T>, &batch);
   }
   // A worker's sentence stays in its own thread.
   return batch.status == kOk ? kOk : fail(static_cast<Status>(batch.status), "matmul: no memory for packed operands");

@@ -3,15 +3,18 @@
 #pragma once
 
 #include "matmul_dot.h"
+#include "matmul_share.h"
 #include "matmul_store.h"
 #include "matmul_tile.h"
 
 namespace detinfer {
 namespace {
 
-constexpr int64_t kPackedK = 256;         // k in a packed block, at most: a weight block is 32 KiB
-constexpr int64_t kPackedRows = 1 << 22;  // floats of packed rows at a time, at most: 16 MiB
-constexpr int64_t kTaskCycles = 12000;    // a thread is not woken for less
+// k in a packed block of weights, at most. With many rows it is best to go back to the sums seldom; with few it is best
+// to keep the block in the first cache, where it was just written.
+constexpr int64_t kDeepBlock = 1024, kShallowBlock = 256, kManyPanels = 16;
+constexpr int64_t kChunkRows = 1 << 22;  // floats of rows at a time, at most: 16 MiB
+constexpr int64_t kPage = 4096 / sizeof(float);
 
 // Rows cut into panels of at most kTileRows, as equal as possible.
 struct RowCut {
@@ -19,23 +22,53 @@ struct RowCut {
   explicit RowCut(int64_t rows)
       : panels(quotient_up(rows, kTileRows)), base(rows / panels), longer(rows % panels) {}
   int64_t start(int64_t i) const { return i * base + least(i, longer); }
+  int64_t count() const { return start(panels); }
   int rows(int64_t i) const { return static_cast<int>(base + (i < longer)); }
 };
 
 template <DType T> struct Job {
   const Problem<T>& p;
-  int64_t row0 = 0;         // first row of the chunk
+  int64_t row0;             // first row of the chunk
   RowCut cut;               // the chunk's rows
-  float* packed = nullptr;  // [k][kLanes] for each row panel; pairs if `dot`
-  int64_t splits = 1;       // row blocks that are tasks of their own
-  bool dot = false;
+  const float* rows;        // [row][k], `ld` apart: the operand itself or an fp32 copy
+  int64_t ld;
+  float* packed = nullptr;  // the copy; if `dot` [k / 2][kLanes] pairs for each row panel
+  int64_t splits;           // row blocks that are tasks of their own
+  bool dot;
   int field_a = 512;  // least exponent field of the packed rows
   int failed = 0;
+  int workers;
+  Barrier packing;
+  Share tasks;
 
-  Job(const Problem<T>& problem, int64_t rows) : p(problem), cut(rows) {}
+  Job(const Problem<T>& problem, int64_t first_row, int64_t count, bool pairs, int threads)
+      : p(problem),
+        row0(first_row),
+        cut(count),
+        splits(threads > 1 && panels() < 4 * threads ? least(cut.panels, quotient_up(4 * threads, panels())) : 1),
+        dot(pairs),
+        workers(workers_for(panels() * splits, panels() * p.k * (count + 16), threads)),
+        packing(in_place(problem) ? 0 : cut.panels),
+        tasks(panels() * splits, workers) {}
 
-  int64_t depth() const { return dot ? quotient_up(p.k, 2) : p.k; }
-  float* panel_of_rows(int64_t i) const { return packed + i * depth() * kLanes; }
+  // The tiles broadcast one element of each row at a time, so fp32 rows are read where they lie. Rows whole pages apart
+  // would share one set of the first cache, and are copied.
+  static bool in_place(const Problem<T>& p) { return T == kFloat32 && p.a_k == 1 && p.a_m % kPage != 0; }
+
+  // Gives the rows their place; false if there is no memory for a copy.
+  bool place(Scratch& scratch) {
+    if (in_place(p)) {
+      rows = reinterpret_cast<const float*>(p.a) + row0 * p.a_m;
+      ld = p.a_m;
+      return true;
+    }
+    ld = (quotient_up(p.k, kLanes) | 1) * kLanes;  // odd, so that rows spread over the cache's sets
+    rows = packed = scratch.get(dot ? cut.panels * quotient_up(p.k, 2) * kLanes : cut.count() * ld);
+    return packed != nullptr;
+  }
+
+  const float* row_panel(int64_t i) const { return rows + cut.start(i) * ld; }
+  float* pair_panel(int64_t i) const { return packed + i * quotient_up(p.k, 2) * kLanes; }
   int64_t panels() const { return quotient_up(p.n, kPanel); }
   void fail_memory() { __atomic_store_n(&failed, 1, __ATOMIC_RELAXED); }
 };
@@ -47,24 +80,21 @@ inline void keep_least(int* least_field, int field) {
   }
 }
 
-template <DType T> void pack_rows(int64_t begin, int64_t end, void* context) {
-  Job<T>& job = *static_cast<Job<T>*>(context);
+template <DType T> void pack_rows(Job<T>& job, int64_t i) {
   const Problem<T>& p = job.p;
-  for (int64_t i = begin; i < end; i++) {
-    const int rows = job.cut.rows(i);
-    const auto* a = p.a + (job.row0 + job.cut.start(i)) * p.a_m;
+  const int rows = job.cut.rows(i);
+  const auto* a = p.a + (job.row0 + job.cut.start(i)) * p.a_m;
 #ifdef DETINFER_LEVEL_avx512_bf16
-    if constexpr (T == kBFloat16) {
-      if (job.dot) {
-        Exponents exponents;
-        pack_pairs(a, p.a_m, p.a_k, rows, p.k, kPadA, job.panel_of_rows(i), kLanes, exponents);
-        keep_least(&job.field_a, exponents.field());
-        continue;
-      }
+  if constexpr (T == kBFloat16) {
+    if (job.dot) {
+      Exponents exponents;
+      pack_pairs(a, p.a_m, p.a_k, rows, p.k, kPadA, job.pair_panel(i), kLanes, exponents);
+      keep_least(&job.field_a, exponents.field());
+      return;
     }
-#endif
-    pack_lanes<T>(a, p.a_m, p.a_k, rows, p.k, job.panel_of_rows(i), kLanes);
   }
+#endif
+  widen_rows<T>(a, p.a_m, p.a_k, rows, p.k, job.packed + job.cut.start(i) * job.ld, job.ld);
 }
 
 // Scratch of a task. A pass cuts k into blocks of `block`.
@@ -89,6 +119,15 @@ void pack_weights(const Problem<T>& p, int64_t panel, int64_t k0, int64_t k, flo
   }
 }
 
+// The lines that the next tile will be stored to.
+template <DType T> inline void ask_for_output(const Problem<T>& p, int64_t row, int rows, int64_t column) {
+  const auto* out = p.out + row * p.out_m + column;
+  for (int r = 0; r < rows; r++, out += p.out_m) {
+    __builtin_prefetch(out, 1);
+    if (sizeof(*out) * kPanel > 64) __builtin_prefetch(out + kPanel / 2, 1);
+  }
+}
+
 // One weight panel times row panels [row_begin, row_end).
 template <DType T>
 void run_panel(Job<T>& job, const Pass& pass, int64_t panel, int64_t row_begin, int64_t row_end) {
@@ -106,7 +145,9 @@ void run_panel(Job<T>& job, const Pass& pass, int64_t panel, int64_t row_begin, 
     const Ahead ahead{reinterpret_cast<const char*>(next), p.b_n * size, k * size};
     for (int64_t i = row_begin; i < row_end; i++) {
       float* sums = pass.sums + (job.cut.start(i) - first_row) * kPanel;
-      run_tile(job.cut.rows(i), k, job.panel_of_rows(i) + k0 * kLanes, pass.weights, sums, k0 > 0,
+      if (k0 + k == p.k && p.out_n == 1)
+        ask_for_output(p, job.row0 + job.cut.start(i), job.cut.rows(i), panel * kPanel);
+      run_tile(job.cut.rows(i), k, job.row_panel(i) + k0, job.ld, pass.weights, sums, k0 > 0,
                i == row_begin && p.b_k == 1 ? &ahead : nullptr);
       if (k0 + k == p.k)
         store_tile<T>(p, sums, job.row0 + job.cut.start(i), job.cut.rows(i), panel * kPanel, columns);
@@ -146,13 +187,14 @@ inline void run_dot_panel(Job<kBFloat16>& job, const Pass& pass, int64_t panel, 
     if (!exact) widen_pairs(pass.weights, kPanel, k, pass.wide);
     for (int64_t i = row_begin; i < row_end; i++) {
       const int rows = job.cut.rows(i);
-      const float* a = job.panel_of_rows(i) + k0 / 2 * kLanes;
+      const float* a = job.pair_panel(i) + k0 / 2 * kLanes;
       float* sums = pass.sums + (job.cut.start(i) - first_row) * kPanel;
       if (exact) {
         run_dot_tile(rows, quotient_up(k, 2), a, pass.weights, sums, k0 > 0);
       } else {
-        widen_pairs(a, kLanes, k, wide_rows);
-        run_tile(rows, k, wide_rows, pass.wide, sums, k0 > 0);
+        const auto* row = p.a + (job.row0 + job.cut.start(i)) * p.a_m + k0 * p.a_k;
+        widen_rows<kBFloat16>(row, p.a_m, p.a_k, rows, k, wide_rows, pass.block);
+        run_tile(rows, k, wide_rows, pass.block, pass.wide, sums, k0 > 0);
       }
       if (k0 + k == p.k) store_tile<kBFloat16>(p, sums, job.row0 + job.cut.start(i), rows, panel * kPanel, columns);
     }
@@ -161,10 +203,13 @@ inline void run_dot_panel(Job<kBFloat16>& job, const Pass& pass, int64_t panel, 
 }
 #endif
 
-// Tasks [begin, end) of splits x panels.
-template <DType T> void run_tasks(int64_t begin, int64_t end, void* context) {
-  Job<T>& job = *static_cast<Job<T>*>(context);
-  const int64_t blocks = most(1, quotient_up(job.p.k, kPackedK));
+template <DType T> void run_tasks(Job<T>& job, int worker) {
+  for (int64_t i = job.packing.take(); i >= 0; i = job.packing.take()) {
+    pack_rows(job, i);
+    job.packing.done();
+  }
+  const bool many = quotient_up(job.cut.panels, job.splits) >= kManyPanels;
+  const int64_t blocks = most(1, quotient_up(job.p.k, many ? kDeepBlock : kShallowBlock));
   Pass pass;
   pass.block = quotient_up(quotient_up(job.p.k, blocks), kBlock<T>) * kBlock<T>;
   const int64_t rows_most = quotient_up(job.cut.panels, job.splits) * kTileRows;
@@ -176,7 +221,8 @@ template <DType T> void run_tasks(int64_t begin, int64_t end, void* context) {
   if (pass.weights == nullptr) return job.fail_memory();
   pass.sums = pass.weights + weights_size;
   pass.wide = pass.sums + sums_size;
-  for (int64_t task = begin; task < end; task++) {
+  job.packing.wait();
+  for (int64_t task = job.tasks.take(worker); task >= 0; task = job.tasks.take(worker)) {
     const int64_t split = task / job.panels(), panel = task % job.panels();
     const int64_t row_begin = job.cut.panels * split / job.splits;
     const int64_t row_end = job.cut.panels * (split + 1) / job.splits;
@@ -192,25 +238,54 @@ template <DType T> void run_tasks(int64_t begin, int64_t end, void* context) {
   }
 }
 
-template <DType T> int blocks(const Problem<T>& p, bool dot) {
+template <DType T> void run_workers(int64_t begin, int64_t end, void* context) {
+  Job<T>& job = *static_cast<Job<T>*>(context);
+  for (int64_t worker = begin; worker < end; worker++) run_tasks(job, static_cast<int>(worker));
+}
+
+template <DType T> int chunks(const Problem<T>& p, bool dot, int threads) {
   static thread_local Scratch scratch;
-  const int64_t depth = dot ? quotient_up(p.k, 2) : p.k;
-  const int64_t chunk = most(kTileRows, least(p.m, kPackedRows / most(1, depth)));
+  const int64_t chunk = most(kTileRows, least(p.m, kChunkRows / most(1, p.k)));
   for (int64_t row0 = 0; row0 < p.m; row0 += chunk) {
-    const int64_t rows = least(chunk, p.m - row0);
-    Job<T> job(p, rows);
-    job.row0 = row0;
-    job.dot = dot;
-    job.packed = scratch.get(job.cut.panels * depth * kLanes);
-    if (job.packed == nullptr) return fail(kOutOfMemory, "matmul: no memory for packed rows");
-    parallel_for(0, job.cut.panels, most(1, 4 * kTaskCycles / (p.k * kTileRows + 1)), pack_rows<T>, &job);
-    const int64_t workers = threads();
-    if (job.panels() < 4 * workers) job.splits = least(job.cut.panels, quotient_up(4 * workers, job.panels()));
-    const int64_t cycles = p.k * (rows / job.splits + 16) + 1;
-    parallel_for(0, job.panels() * job.splits, most(1, kTaskCycles / cycles), run_tasks<T>, &job);
+    Job<T> job(p, row0, least(chunk, p.m - row0), dot, threads);
+    if (!job.place(scratch)) return fail(kOutOfMemory, "matmul: no memory for packed rows");
+    parallel_for(0, job.workers, 1, run_workers<T>, &job);
     if (job.failed) return fail(kOutOfMemory, "matmul: no memory for packed weights");
   }
   return kOk;
+}
+
+template <DType T> struct RowShares {
+  const Problem<T>& p;
+  bool dot;
+  int64_t count;
+  int status;
+};
+
+template <DType T> void run_shares(int64_t begin, int64_t end, void* context) {
+  RowShares<T>& shares = *static_cast<RowShares<T>*>(context);
+  for (int64_t i = begin; i < end; i++) {
+    Problem<T> p = shares.p;
+    const int64_t start = p.m * i / shares.count;
+    p.m = p.m * (i + 1) / shares.count - start;
+    p.a += start * p.a_m;
+    p.out += start * p.out_m;
+    if (p.c != nullptr) p.c += start * p.c_m;
+    const int status = chunks<T>(p, shares.dot, 1);
+    if (status != kOk) __atomic_store_n(&shares.status, status, __ATOMIC_RELAXED);
+  }
+}
+
+// A copy of the rows that one core has written and another reads costs 9% at 512 rows; from kOwnRows rows for each
+// thread on it is cheaper that each copies its own rows and packs all the weights.
+constexpr int64_t kOwnRows = 128;
+
+template <DType T> int blocks(const Problem<T>& p, bool dot) {
+  const int workers = threads();
+  if (workers == 1 || Job<T>::in_place(p) || p.m < kOwnRows * workers) return chunks<T>(p, dot, workers);
+  RowShares<T> shares{p, dot, workers, kOk};
+  parallel_for(0, workers, 1, run_shares<T>, &shares);
+  return shares.status;
 }
 
 }  // namespace

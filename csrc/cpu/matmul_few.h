@@ -9,7 +9,8 @@ namespace {
 template <DType T> struct FewJob {
   const Problem<T>& p;
   const float* rows;  // [k][m]
-  int failed;
+  int width;          // panels of a task
+  Share tasks;
 };
 
 // Columns [column, column + 32 * tiles) of R rows.
@@ -39,12 +40,16 @@ template <DType T, int R = kFewRows> void few_rows(const FewJob<T>& job, int64_t
 
 template <DType T> void run_few(int64_t begin, int64_t end, void* context) {
   FewJob<T>& job = *static_cast<FewJob<T>*>(context);
-  const int64_t widest = job.p.b_k != 1 && job.p.m == 1 ? 4 : 1;
-  while (begin < end) {
-    const int64_t left = end - begin;
-    const int tiles = static_cast<int>(left >= widest ? widest : 1);
-    few_rows<T>(job, begin * kPanel, tiles);
-    begin += tiles;
+  const int64_t panels = job.p.n / kPanel;
+  for (int64_t worker = begin; worker < end; worker++) {
+    for (int64_t i = job.tasks.take(worker); i >= 0; i = job.tasks.take(worker)) {
+      const int64_t stop = least(panels, (i + 1) * job.width);
+      for (int64_t panel = i * job.width; panel < stop;) {
+        const int tiles = stop - panel == job.width ? job.width : 1;
+        few_rows<T>(job, panel * kPanel, tiles);
+        panel += tiles;
+      }
+    }
   }
 }
 
@@ -53,7 +58,10 @@ template <DType T> int few_product(const Problem<T>& p) {
   const int64_t panels = p.n / kPanel;
   static thread_local Scratch scratch;
   if (panels > 0) {
-    FewJob<T> job{p, nullptr, 0};
+    const int width = p.b_k != 1 && p.m == 1 ? 4 : 1;
+    const int64_t tasks = quotient_up(panels, width);
+    const int workers = workers_for(tasks, 16 * p.k * panels, threads());
+    FewJob<T> job{p, nullptr, width, Share(tasks, workers)};
     if (T == kFloat32 && p.m == 1 && p.a_k == 1) {
       job.rows = reinterpret_cast<const float*>(p.a);
     } else {
@@ -62,7 +70,7 @@ template <DType T> int few_product(const Problem<T>& p) {
       pack_lanes<T>(p.a, p.a_m, p.a_k, static_cast<int>(p.m), p.k, rows, p.m);
       job.rows = rows;
     }
-    parallel_for(0, panels, most(1, kTaskCycles / (16 * p.k + 1)), run_few<T>, &job);
+    parallel_for(0, workers, 1, run_few<T>, &job);
   }
   if (p.n % kPanel == 0) return kOk;
   Problem<T> rest = p;

@@ -164,5 +164,19 @@ inline void pack_lanes(const typename Storage<T>::type* p, int64_t lane_stride, 
   }
 }
 
+// Rows of the operand as fp32 rows `ld` floats apart, k contiguous. `ld` is at least k rounded up to whole vectors.
+template <DType T>
+inline void widen_rows(const typename Storage<T>::type* p, int64_t row_stride, int64_t k_stride, int64_t rows,
+                       int64_t k, float* out, int64_t ld) {
+  if (k_stride == 1) {
+    for (int64_t r = 0; r < rows; r++) widen_row<T>(p + r * row_stride, k, out + r * ld);
+  } else {
+    for (int64_t i = 0; i < k; i += kLanes) {
+      const int lanes = static_cast<int>(k - i < kLanes ? k - i : kLanes);
+      pack_lanes<T>(p + i * k_stride, k_stride, row_stride, lanes, rows, out + i, ld);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace detinfer

@@ -13,9 +13,10 @@ struct Ahead {
   int64_t bytes;
 };
 
-// c[R][kPanel] (+)= a[k][kLanes] * b[k][kPanel], all packed; the first R lanes of a are rows. `resume` goes on from c, else from +0: an accumulator that is
-// stored and loaded again keeps its bits, so k may be cut anywhere.
-template <int R> void tile(int64_t k, const float* a, const float* b, float* c, bool resume, const Ahead* ahead) {
+// c[R][kPanel] (+)= a[R][k] * b[k][kPanel]; rows of a are `ld` floats apart, b is packed. `resume` goes on from c, else
+// from +0: an accumulator that is stored and loaded again keeps its bits, so k may be cut anywhere.
+template <int R>
+void tile(int64_t k, const float* a, int64_t ld, const float* b, float* c, bool resume, const Ahead* ahead) {
   F acc[R][2];
 #pragma GCC unroll 14
   for (int r = 0; r < R; r++) {
@@ -27,11 +28,11 @@ template <int R> void tile(int64_t k, const float* a, const float* b, float* c, 
     const F high = load(b + kLanes);
 #pragma GCC unroll 14
     for (int r = 0; r < R; r++) {
-      const F x = splat(a[r]);
+      const F x = splat(a[r * ld]);
       acc[r][0] = fma(x, low, acc[r][0]);
       acc[r][1] = fma(x, high, acc[r][1]);
     }
-    a += kLanes;
+    a++;
     b += kPanel;
   };
   if (ahead != nullptr) {
@@ -54,12 +55,12 @@ template <int R> void tile(int64_t k, const float* a, const float* b, float* c, 
 }
 
 template <int R = kTileRows>
-inline void run_tile(int rows, int64_t k, const float* a, const float* b, float* c, bool resume,
+inline void run_tile(int rows, int64_t k, const float* a, int64_t ld, const float* b, float* c, bool resume,
                      const Ahead* ahead = nullptr) {
   if constexpr (R > 1) {
-    if (rows != R) return run_tile<R - 1>(rows, k, a, b, c, resume, ahead);
+    if (rows != R) return run_tile<R - 1>(rows, k, a, ld, b, c, resume, ahead);
   }
-  tile<R>(k, a, b, c, resume, ahead);
+  tile<R>(k, a, ld, b, c, resume, ahead);
 }
 
 // Rows up to which weights are used as they are transposed, and never written to scratch.
