@@ -120,7 +120,7 @@ def test_native_types(group: Ranks, kind: Any) -> None:
     else:
         info = np.iinfo(dtype)
         parts = [random.integers(info.min, info.max, 1001, dtype=dtype, endpoint=True) for _ in range(size)]
-    for op in ("sum", "max", "min"):
+    for op in ("sum", "max", "min", *(["avg"] if dtype.kind == "f" else [])):
         for order in ORDERS:
             with np.errstate(all="ignore"):
                 expected = reference.all_reduce(parts, None, op, order)  # type: ignore[arg-type]
