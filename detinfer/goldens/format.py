@@ -139,13 +139,13 @@ class Golden:
     def read(cls, path: Path) -> Golden:
         """Read the folder ``path``; GoldenError, with the file's name, when it is missing, damaged or too new."""
         path = Path(path)
-        manifest = Manifest.from_json(_load_manifest(path), str(path / NAME))
+        manifest = Manifest.from_json(load_manifest(path), str(path / NAME))
         readers: dict[str, Any] = {}
         for entry in manifest.files:
             file = path / entry["name"]
             if not FILES.fullmatch(entry["name"]) or entry["name"] == NAME:
                 raise GoldenError(f"{path / NAME}: {entry['name']!r} is not the name of a tensor file")
-            _check_file(file, entry)
+            check_file(file, entry)
             try:
                 reader = tensor_file.reader(file)
             except ValueError as error:
@@ -201,7 +201,7 @@ class Golden:
         return reader.get_tensor(name).clone(), file
 
 
-def _load_manifest(path: Path) -> Any:
+def load_manifest(path: Path) -> Any:
     file = path / NAME
     try:
         text = file.read_bytes()
@@ -216,7 +216,7 @@ def _load_manifest(path: Path) -> Any:
         raise GoldenError(f"{file}: not JSON, truncated or damaged: {error}") from error
 
 
-def _check_file(file: Path, entry: dict[str, Any]) -> None:
+def check_file(file: Path, entry: dict[str, Any]) -> None:
     try:
         size = file.stat().st_size
         if size != entry["size"]:
