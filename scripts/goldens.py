@@ -1,4 +1,4 @@
-"""Checks the goldens in goldens/: each verifies, under other settings too, and recording it twice gives the same bytes.
+"""Checks the goldens in goldens/: each has a reason, verifies, under other settings too, and is recorded twice alike.
 
     python scripts/goldens.py [FOLDER ...]
 
@@ -42,6 +42,8 @@ def main(arguments: list[str]) -> int:
     variants = settings()
     for folder in folders:
         name = os.path.relpath(folder, CHECKOUT)
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        failures += not report(f"{name}: a reason is written", bool(manifest["reason"].strip()), 0.0, "it has none")
         for setting, variables in variants.items():
             failures += not report(
                 f"{name}: verify, {setting}", *detinfer(variables, "verify", name, "--n-trials", TRIALS)

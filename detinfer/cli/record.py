@@ -8,7 +8,7 @@ from typing import Any, cast
 import click
 from rich.console import Console
 
-from detinfer.cli import options
+from detinfer.cli import options, vectors
 
 
 @click.command()
@@ -60,7 +60,11 @@ def record(
       builtin:dense, builtin:moe  small decoders of detinfer's own
       hf:PATH_OR_ID           a transformers causal language model
       package.module:factory  a function that returns (module, requests)
+      vectors:OPERATION       no model: an operation's inputs and outputs, from the reference
     """
+    if target.startswith(vectors.PREFIX):
+        vectors.record(target, output, reason, force)
+        return
     from detinfer.goldens.prepare import prepare
     from detinfer.goldens.record import record as record_golden
     from detinfer.models import targets

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from detinfer.cli import options
+from detinfer.cli import options, vectors
 from detinfer.errors import UsageError
 
 
@@ -35,6 +35,7 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
 @click.option("--fail-fast", is_flag=True, help="Stop at the first trial that diverges.")
 @click.option("--only-trial", type=int, metavar="N", help="Redo trial N alone.")
 @click.option("--target", "spec", metavar="TARGET", help="Where the model is now [default: where it was recorded].")
+@click.option("--tp", type=int, metavar="N", help="Ranks [default: as recorded; of vectors, all].")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON.")
 @click.pass_context
 def verify(
@@ -48,13 +49,19 @@ def verify(
     fail_fast: bool,
     only_trial: int | None,
     spec: str | None,
+    tp: int | None,
     json_file: Path | None,
 ) -> None:
     """Replay every recorded layer and the whole model of GOLDEN in batches, and compare the bytes of every row.
 
     Two verdicts: invariance (rows agree with the same rows run alone, here and now) and golden (rows agree with the
-    file). A sweep that could not have failed is called vacuous.
+    file). A sweep that could not have failed is called vacuous. Of a folder of vectors, every path of this machine is
+    compared with every vector; the other options are for goldens of models.
     """
+    from detinfer.goldens.vectors.file import is_vectors
+
+    if is_vectors(golden):
+        context.exit(vectors.verify(golden, tp, json_file))
     from detinfer.goldens.format import Golden
     from detinfer.goldens.prepare import policy_of, prepare_again
     from detinfer.goldens.verify import Options, check_target, requests_of

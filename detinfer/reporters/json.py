@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Protocol
 
 from detinfer.errors import InfrastructureError
-from detinfer.goldens.result import Result
+
+
+class Result(Protocol):
+    """A result of ``verify``, of a golden or of vectors."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
 
 
 def write(result: Result, path: Path) -> None:

@@ -36,7 +36,7 @@ class Case:
     def label(self) -> str:
         """``cancellation, 3 ranks, bfloat16, op=sum``: for reports."""
         ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
-        how = "".join(f", {name}={value}" for name, value in self.arguments.items())
+        how = "".join(f", {name}={value}" for name, value in sorted(self.arguments.items()))
         return f"{self.name}{ranks}, {self.dtype}{how}"
 
 

@@ -92,9 +92,7 @@ def _reduce_scatter() -> Iterator[Case]:
             shows_order(parts, dtype, f"reduce_scatter, dimension {dim}, {ranks} ranks, {dtype}")
             for part in parts:
                 part.flat[:: part.size // ranks] = store(np.array([-0.0], np.float32), dtype)[0]
-            outputs = {
-                f"rank{rank}": tensor(reduce_scatter(parts, rank, dtype, dim), dtype) for rank in range(ranks)
-            }
+            outputs = {f"rank{rank}": tensor(reduce_scatter(parts, rank, dtype, dim), dtype) for rank in range(ranks)}
             held = [tensor(part, dtype) for part in parts]
             yield Case(f"dimension {dim}", dtype, ranks, {"dim": dim}, held, outputs)
 
