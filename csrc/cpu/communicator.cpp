@@ -30,28 +30,16 @@
 #endif
 
 namespace detinfer {
+
+using Word = std::atomic<uint32_t>;
+
 namespace {
 
 constexpr int64_t kPage = 4096;
 constexpr int64_t kSlice = 5 * 1000 * 1000;  // longest sleep, in nanoseconds, between two looks at the peers
 
-using Word = std::atomic<uint32_t>;
 static_assert(Word::is_always_lock_free && std::atomic<uint64_t>::is_always_lock_free, "atomics must work across processes");
 static_assert(sizeof(CollectiveCall) == 64, "no padding: it is compared byte by byte");
-
-// All zero at first, as a new mapping is. Each word that is written often has a cache line of its own.
-struct Head {
-  alignas(128) Word epoch;     // meetings that all ranks have reached
-  alignas(128) Word arrived;   // ranks that have reached the next one
-  alignas(128) Word sleepers;  // ranks asleep on `epoch`
-  alignas(128) std::atomic<uint64_t> broken;  // 0, or why every call fails from now on: see Loss
-  struct alignas(128) Rank {
-    Word posted;  // meetings that the rank has reached: tells who is missing, orders nothing
-    Word left;    // 1: it closed its communicator
-    Word pid;     // 0: it has not opened it
-  } ranks[kMostRanks];
-};
-static_assert(sizeof(Head) <= kPage, "the head is one page");
 
 enum Reason : uint8_t { kLate = 1, kDied, kLeft };
 
@@ -70,6 +58,20 @@ const char* name_of(int collective) {
 }
 
 }  // namespace
+
+// All zero at first, as a new mapping is. Each word that is written often has a cache line of its own.
+struct Head {
+  alignas(128) Word epoch;     // meetings that all ranks have reached
+  alignas(128) Word arrived;   // ranks that have reached the next one
+  alignas(128) Word sleepers;  // ranks asleep on `epoch`
+  alignas(128) std::atomic<uint64_t> broken;  // 0, or why every call fails from now on: see Loss
+  struct alignas(128) Rank {
+    Word posted;  // meetings that the rank has reached: tells who is missing, orders nothing
+    Word left;    // 1: it closed its communicator
+    Word pid;     // 0: it has not opened it
+  } ranks[kMostRanks];
+};
+static_assert(sizeof(Head) <= kPage, "the head is one page");
 
 struct Communicator {
   Head* head;
@@ -204,7 +206,7 @@ unsigned gone(Communicator& c, uint32_t epoch, Reason* reason, unsigned* missing
   return behind == 0 && !reached(c, epoch) ? dead_ranks : 0;
 }
 
-int wait(Communicator& c, uint32_t epoch) {
+int await(Communicator& c, uint32_t epoch) {
   const int spins = c.crowded ? 32 : 4096, yields = c.crowded ? 16 : 64;
   for (int i = 0; i < spins; i++) {
     if (reached(c, epoch)) return kOk;
@@ -279,7 +281,7 @@ int meet(Communicator& c) {
     if (head.sleepers.load(std::memory_order_seq_cst) != 0) wake_all(head.epoch);
     // Late, and the others have given up meanwhile.
     if (const uint64_t broken = head.broken.load(std::memory_order_acquire)) return lost(c, broken);
-  } else if (const int status = wait(c, epoch)) {
+  } else if (const int status = await(c, epoch)) {
     return status;
   }
   if (!first) return kOk;
