@@ -101,7 +101,10 @@ def _flat_bytes(t: torch.Tensor) -> NDArray[np.uint8]:
     if t.device.type == "meta":
         raise ValueError("a tensor on the meta device has no bytes")
     plain = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    array: NDArray[np.uint8] = plain.reshape(-1).view(torch.uint8).numpy()
+    flat = plain.reshape(-1)
+    if flat.stride() != (1,):  # one element of a strided tensor counts as contiguous, whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    array: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return array
 
 

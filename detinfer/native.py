@@ -10,18 +10,17 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import detinfer
 from detinfer.errors import NativeError, UnsupportedDtype, UsageError
 
-ABI = 2
+ABI = 3
 ISA_VARIABLE = "DETINFER_CPU_ISA"
 """Holds the CPU kernels to an instruction set: ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``."""
 
@@ -81,8 +80,17 @@ def _open() -> tuple[ctypes.CDLL | None, Loaded | NotLoaded]:
     held = os.environ.get(ISA_VARIABLE) or None
     if held is not None and held not in levels:
         raise UsageError(f"{ISA_VARIABLE}={held}: this CPU and build have {', '.join(levels)}")
-    library.detinfer_cpu_select(held.encode() if held else None)
+    _select(library, held)
     return library, loaded
+
+
+_current = b""  # kept on this side: every overridden operation asks for it
+
+
+def _select(library: ctypes.CDLL, level: str | None) -> None:
+    global _current
+    library.detinfer_cpu_select(level.encode() if level else None)
+    _current = library.detinfer_cpu_current()
 
 
 def _lend_threads(library: ctypes.CDLL) -> None:
@@ -127,21 +135,47 @@ def dtype_code(dtype: torch.dtype, where: str) -> int:
     return code
 
 
+@functools.cache
+def entry(family: str, size: int) -> Callable[[bytes], int]:
+    """csrc's function of ``family``: takes its packed arguments, returns a status for ``check``.
+
+    ``size`` is the number of bytes in the structs that the caller fills in; NativeError where csrc's are of another
+    size, since a library that reads past them crashes.
+    """
+    handle = library()
+    found = getattr(handle, f"detinfer_cpu_{family}_size")()
+    if found != size:
+        state = load()
+        where = state.path if isinstance(state, Loaded) else _FILE
+        raise NativeError(
+            f"{where}: the arguments of {family} have {found} bytes, this detinfer's {size}: reinstall detinfer"
+        )
+    function: Callable[[bytes], int] = getattr(handle, f"detinfer_cpu_{family}")
+    return function
+
+
+def current() -> bytes:
+    """Name of the instruction set in use, as csrc has it."""
+    if not _current:
+        library()
+    return _current
+
+
 def isa() -> str:
     """Name of the instruction set in use."""
-    return str(library().detinfer_cpu_current().decode())
+    return current().decode()
 
 
 @contextmanager
 def hold_isa(level: str) -> Iterator[None]:
     """Run the CPU kernels at ``level`` inside the block (for the whole process); bits stay the same."""
-    before: Any = isa()
+    before = isa()
     state = load()
     if not isinstance(state, Loaded) or level not in state.levels:
         have = state.levels if isinstance(state, Loaded) else ()
         raise UsageError(f"instruction set {level!r}: this CPU and build have {', '.join(have)}")
-    library().detinfer_cpu_select(level.encode())
+    _select(library(), level)
     try:
         yield
     finally:
-        library().detinfer_cpu_select(before.encode())
+        _select(library(), before)

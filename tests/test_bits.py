@@ -218,3 +218,11 @@ def test_a_mismatch_reads_as_a_sentence() -> None:
     a, b = torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16)
     b[1, 2] = 1.0078125
     assert str(bits.first_mismatch(a, b)) == "row 1, element 2: 0x3f80 (1.0), expected 0x3f81 (1.0078125), 1 ULP"
+
+
+def test_one_element_of_a_strided_tensor_has_bytes() -> None:
+    column = torch.arange(8.0)[::3][:1]
+    assert column.stride() == (3,) and column.is_contiguous()
+    assert bits.as_bytes(column) == b"\0" * 4
+    found = bits.first_mismatch(torch.arange(8.0).reshape(2, 4)[1:, 1:2], torch.ones(1, 1))
+    assert found is not None and (found.index, found.got, found.expected) == ((0, 0), "0x40a00000", "0x3f800000")

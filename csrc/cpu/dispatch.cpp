@@ -129,7 +129,7 @@ using namespace detinfer;
 DETINFER_EXPORT const char* detinfer_error() { return last_error; }
 
 // Raised by one whenever a signature below or in a family file changes; native.py refuses any other.
-DETINFER_EXPORT int detinfer_abi() { return 2; }
+DETINFER_EXPORT int detinfer_abi() { return 3; }
 
 // Name of the i-th level that this build has and this CPU can run, in ascending order; null past the end.
 DETINFER_EXPORT const char* detinfer_cpu_level(int i) {
@@ -157,17 +157,19 @@ DETINFER_EXPORT void detinfer_set_threads(void* parallel_for_function, void* get
       torch_get_num_threads == nullptr ? nullptr : reinterpret_cast<TorchParallelFor>(parallel_for_function);
 }
 
-#define DETINFER_ENTRY(family, Args)                                                    \
+// `size`: bytes of the structs that the caller fills in; native.py compares them with its own.
+#define DETINFER_ENTRY(family, Args, size)                                              \
+  DETINFER_EXPORT int detinfer_cpu_##family##_size() { return static_cast<int>(size); } \
   DETINFER_EXPORT int detinfer_cpu_##family(const Args* args) {                         \
     if (args == nullptr) return fail(kBadArgument, #family ": no arguments were given"); \
     const DefaultFloatMode mode;                                                        \
     return kernels().family(*args);                                                     \
   }
-DETINFER_ENTRY(matmul, MatmulArgs)
-DETINFER_ENTRY(attention, AttentionArgs)
-DETINFER_ENTRY(elementwise, ElementwiseArgs)
-DETINFER_ENTRY(rows, RowsArgs)
-DETINFER_ENTRY(all_reduce, AllReduceArgs)
+DETINFER_ENTRY(matmul, MatmulArgs, sizeof(MatmulArgs) + sizeof(MatmulPlan))
+DETINFER_ENTRY(attention, AttentionArgs, sizeof(AttentionArgs) + sizeof(AttentionPlan))
+DETINFER_ENTRY(elementwise, ElementwiseArgs, sizeof(ElementwiseArgs))
+DETINFER_ENTRY(rows, RowsArgs, sizeof(RowsArgs))
+DETINFER_ENTRY(all_reduce, AllReduceArgs, sizeof(AllReduceArgs))
 
 // One collective, together with the other ranks; communicator.cpp opens and closes the communicator.
 DETINFER_EXPORT int detinfer_communicator_call(Communicator* communicator, const CollectiveArgs* args) {

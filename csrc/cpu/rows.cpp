@@ -37,26 +37,6 @@ template <class Step> inline void each_vector(int64_t n, const Step& step) {
   if (i < n) step(i, static_cast<int>(n - i));
 }
 
-// The last halvings of row_sum: lane l adds lane l + 8, + 4, + 2, + 1.
-inline float halve(F v) {
-#if DETINFER_LANES >= 4 && defined(__SSE2__)
-#if DETINFER_LANES == 16
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-#elif DETINFER_LANES == 8
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-#else
-  __m128 four = (__m128)v;
-#endif
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
-#else
-  for (int half = kLanes / 2; half >= 1; half /= 2)
-    for (int i = 0; i < half; i++) v[i] = v[i] + v[i + half];
-  return v[0];
-#endif
-}
-
 // row_sum of term(i, count), a vector whose lanes past `count` are -0 (or, where no sum can be -0, +0).
 template <class Term> inline float sum_of(int64_t n, const Term& term) {
   return halve(row_sum<F, kLanes>(n, broadcast(-0.0f), [&](F sum, int64_t i, int count) { return sum + term(i, count); }));

@@ -35,13 +35,13 @@ def policy(scope: str, allow: tuple[str, ...]) -> Policy:
     return Policy(guarantee=Guarantee(scope=scope), allow=tuple(sorted(set(allow))))  # type: ignore[arg-type]
 
 
-def command_line(drop: tuple[str, ...]) -> str:
-    """This process's command line without the options in ``drop`` and their values: for the manifest."""
+def command_line(drop: tuple[str, ...], flags: tuple[str, ...] = ()) -> str:
+    """This process's command line without the options in ``drop``, their values, and ``flags``: for the manifest."""
     words, kept = iter(sys.argv[1:]), []
     for word in words:
         if word in drop:
             next(words, None)
-        elif not word.startswith(tuple(f"{option}=" for option in drop)):
+        elif word not in flags and not word.startswith(tuple(f"{option}=" for option in drop)):
             kept.append(word)
     return shlex.join(["detinfer", *kept])
 

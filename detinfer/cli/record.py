@@ -84,7 +84,7 @@ def record(
             inputs=inputs,
             layers=layers,
             tensors=cast(Any, tensors),
-            command=options.command_line(("-o", "--output")),
+            command=options.command_line(("-o", "--output"), flags=("--force",)),
             reason=reason,
             overwrite=force,
             progress=lambda part: status.update(f"recording: {part}"),

@@ -66,7 +66,8 @@ class _Plan(ctypes.Structure):
     ]
 
 
-_pack_args = struct.Struct("@6P").pack  # AttentionArgs of csrc/attention.h
+_args = struct.Struct("@6P")  # AttentionArgs of csrc/attention.h
+_pack_args = _args.pack
 
 
 _Views = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"]
@@ -78,7 +79,7 @@ class _Call:
     __slots__ = ("address", "dtype", "plan", "run", "shape", "stride")
 
     def __init__(self, plan: _Plan, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.run = native.library().detinfer_cpu_attention
+        self.run = native.entry("attention", _args.size + ctypes.sizeof(_Plan))
         self.plan = plan
         self.address = ctypes.addressof(plan)
         self.shape = shape

@@ -8,8 +8,7 @@ floating point alone. float64 and complex raise UnsupportedDtype.
 
 from __future__ import annotations
 
-import ctypes
-import functools
+import struct
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -51,41 +50,17 @@ OPS = {name: number for number, name in enumerate(UNARY)}
 _SOFTPLUS, _POW, _ADD_SCALED, _MAXIMUM, _MINIMUM = range(32, 37)
 
 
-class _Args(ctypes.Structure):
-    _fields_ = (
-        ("op", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("count", ctypes.c_int64),
-        ("x", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("a", ctypes.c_double),
-        ("b", ctypes.c_double),
-    )
-
-
-@functools.cache
-def _function() -> Callable[[Any], int]:
-    function: Any = native.library().detinfer_cpu_elementwise
-    function.argtypes = (ctypes.c_void_p,)
-    function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+_args = struct.Struct("@2iq3P2d")  # ElementwiseArgs of csrc/elementwise.h
+_pack_args = _args.pack
 
 
 def _call(
     op: int, out: torch.Tensor, x: torch.Tensor | None, y: torch.Tensor | None, where: str, a: float = 0, b: float = 0
 ) -> torch.Tensor:
-    args = _Args(
-        op,
-        native.dtype_code(out.dtype, where),
-        out.numel(),
-        None if x is None else x.data_ptr(),
-        None if y is None else y.data_ptr(),
-        out.data_ptr(),
-        a,
-        b,
-    )
-    if status := _function()(ctypes.addressof(args)):
+    code = native.dtype_code(out.dtype, where)
+    x_pointer, y_pointer = 0 if x is None else x.data_ptr(), 0 if y is None else y.data_ptr()
+    run = native.entry("elementwise", _args.size)
+    if status := run(_pack_args(op, code, out.numel(), x_pointer, y_pointer, out.data_ptr(), a, b)):
         native.check(status)
     return out
 
@@ -100,7 +75,7 @@ def _unary(name: str, integers: bool) -> Callable[[torch.Tensor], Any]:
             if not integers:
                 return NotImplemented
             self = self.to(torch.get_default_dtype())
-        x = self.contiguous()
+        x = self if self.is_contiguous() else self.contiguous()
         return _call(op, torch.empty_like(x), x, None, where)
 
     function.__name__ = name
@@ -145,6 +120,9 @@ def softplus(self: torch.Tensor, beta: Scalar = 1, threshold: Scalar = 20) -> An
 
 def pow_tensor_scalar(self: torch.Tensor, exponent: Scalar) -> Any:
     """aten::pow.Tensor_Scalar: x^y with the special cases of C99; y is rounded to the result's dtype, as in torch."""
+    if self.dtype in native.DTYPES and not isinstance(exponent, complex):  # a real scalar leaves the dtype as it is
+        x = self if self.is_contiguous() else self.contiguous()
+        return _call(_POW, torch.empty_like(x), x, None, "aten::pow", float(exponent))
     return _pow(self, exponent, torch.result_type(self, exponent))
 
 

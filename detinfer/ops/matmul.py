@@ -41,7 +41,8 @@ class _Plan(ctypes.Structure):
     )
 
 
-_pack_args = struct.Struct("@5P").pack  # MatmulArgs of csrc/matmul.h
+_args = struct.Struct("@5P")  # MatmulArgs of csrc/matmul.h
+_pack_args = _args.pack
 
 
 class _Views(NamedTuple):
@@ -75,7 +76,7 @@ class _Call:
         if c is not None:
             plan.c_batch[:depth] = c.stride()[:depth]
             plan.c_m, plan.c_n = c.stride()[depth:]
-        self.run: Callable[[bytes], int] = native.library().detinfer_cpu_matmul
+        self.run = native.entry("matmul", _args.size + ctypes.sizeof(_Plan))
         self.plan = plan
         self.address = ctypes.addressof(plan)
         self.shape = views.shape

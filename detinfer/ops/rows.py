@@ -8,10 +8,10 @@ Integer sums are exact in any order and left to torch; float64 and complex raise
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
+import struct
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -56,16 +56,11 @@ class _Args(ctypes.Structure):
     )
 
 
-@functools.cache
-def _function() -> Callable[[Any], int]:
-    function: Any = native.library().detinfer_cpu_rows
-    function.argtypes = (ctypes.c_void_p,)
-    function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+_ARGS_SIZE = ctypes.sizeof(_Args)
 
 
 def _run(args: _Args) -> None:
-    if status := _function()(ctypes.addressof(args)):
+    if status := native.entry("rows", _ARGS_SIZE)(bytes(args)):
         native.check(status)
 
 
@@ -103,7 +98,48 @@ def _dimensions(dim: int | Sequence[int] | None, ndim: int) -> list[int]:
     return sorted(found)
 
 
+_pack_args = struct.Struct("@7i3q8Pd").pack  # RowsArgs of csrc/rows.h
+_KEPT_REDUCTIONS = 4096
+
+
+class _Reduction(NamedTuple):
+    """Everything about a reduction but its pointers, for inputs that are read where they lie."""
+
+    head: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype)
+        args = _pack_args(*self.head, x.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 0, 0, 0.0)
+        if status := native.entry("rows", _ARGS_SIZE)(args):
+            native.check(status)
+        return out
+
+
+_reductions: dict[tuple[Any, ...], _Reduction] = {}
+
+
 def _reduce(
+    op: str, self: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool, dtype: torch.dtype | None
+) -> Any:
+    dims = tuple(dim) if isinstance(dim, list) else dim
+    signature = (op, self.dtype, self.shape, self.stride(), dims, keepdim, dtype)
+    kept = _reductions.get(signature)
+    if kept is not None:
+        return kept(self)
+    reduction = _reduction(op, self, dim, keepdim, dtype)
+    if reduction is NotImplemented:
+        return NotImplemented
+    made, x = reduction
+    if x.data_ptr() == self.data_ptr():  # a copy must be made in every call
+        if len(_reductions) >= _KEPT_REDUCTIONS:
+            _reductions.clear()
+        _reductions[signature] = made
+    return made(x)
+
+
+def _reduction(
     op: str, self: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool, dtype: torch.dtype | None
 ) -> Any:
     wanted = dtype or self.dtype
@@ -130,12 +166,8 @@ def _reduce(
         else:
             x = x.permute(kept + reduced)
     x = x.contiguous()
-    out = torch.empty(shape, dtype=out_dtype)
-    args = _Args(OPS[op], native.DTYPES[x.dtype], native.DTYPES[out_dtype])
-    args.rows, args.n, args.inner = out.numel(), n, inner
-    args.x, args.out = x.data_ptr(), out.data_ptr()
-    _run(args)
-    return out
+    head = (OPS[op], native.DTYPES[x.dtype], native.DTYPES[out_dtype], 0, 0, 0, 0, math.prod(shape), n, inner)
+    return _Reduction(head, tuple(shape), out_dtype), x
 
 
 def sum_all(self: torch.Tensor, *, dtype: torch.dtype | None = None) -> Any:

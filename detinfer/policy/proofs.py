@@ -19,8 +19,7 @@ from detinfer.policy.state import STATE
 
 def level() -> bytes:
     """The instruction set in use by csrc; NativeError when there is no library."""
-    name: bytes = native.library().detinfer_cpu_current()
-    return name
+    return native.current()
 
 
 def prove(op: str, dtype: torch.dtype) -> Proof | Refused:
