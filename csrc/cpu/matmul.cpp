@@ -94,10 +94,14 @@ int matmul(const MatmulArgs& args) {
     return fail(kBadArgument, "matmul: too many batch dimensions");
   if (plan.m < 0 || plan.n < 0 || plan.k < 0) return fail(kBadArgument, "matmul: a size is negative");
   switch (plan.dtype) {
-    case kFloat32: return run<kFloat32>(args);
     case kBFloat16: return run<kBFloat16>(args);
+#ifdef DETINFER_LEVEL_avx512_bf16
+    default: return avx512::matmul(args);  // the other dtypes gain nothing from this level
+#else
+    case kFloat32: return run<kFloat32>(args);
     case kFloat16: return run<kFloat16>(args);
     default: return fail(kBadArgument, "matmul: the dtype is not fp32, bf16 or fp16");
+#endif
   }
 }
 
