@@ -83,13 +83,6 @@ class _Call:
         self.stride = torch.empty(views.shape, device="meta").stride()
         self.dtype = a.dtype
 
-    def __call__(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
-        out = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
-        added = 0 if c is None else c.data_ptr()
-        if (status := self.run(_pack_args(self.address, a.data_ptr(), b.data_ptr(), added, out.data_ptr()))) != 0:
-            native.check(status)
-        return out
-
 
 _calls: dict[tuple[Any, ...], _Call] = {}
 
@@ -110,8 +103,30 @@ def _compute(
         None if c is None else (c.dtype, c.shape, c.stride()),
     )  # fmt: skip
     call = _calls.get(signature)
-    if call is not None:
-        return call(a, b, c)
+    if call is None:
+        found = _prepare(signature, views, name, a, b, c, alpha, beta, path)
+        if found is NotImplemented:
+            return NotImplemented
+        call, (_, a, b, c) = found
+    out = torch.empty_strided(call.shape, call.stride, dtype=call.dtype)
+    added = 0 if c is None else c.data_ptr()
+    if status := call.run(_pack_args(call.address, a.data_ptr(), b.data_ptr(), added, out.data_ptr())):
+        native.check(status)
+    return out
+
+
+def _prepare(
+    signature: tuple[Any, ...],
+    views: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], _Views],
+    name: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+    path: int,
+) -> Any:
+    """The call and the operands as it multiplies them; the call is kept where these are the caller's own memory."""
     if not any(t.is_floating_point() or t.is_complex() for t in (a, b, c) if t is not None):
         return NotImplemented
     if len({t.dtype for t in (a, b, c) if t is not None}) != 1:
@@ -131,7 +146,7 @@ def _compute(
         if len(_calls) >= _KEPT_CALLS:
             _calls.clear()
         _calls[signature] = call
-    return call(seen.a, seen.b, seen.c)
+    return call, seen
 
 
 def _batched(dims: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], _Views]:
