@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import click
 from rich.console import Console
 from rich.progress import track
 
 from detinfer.cli import options
+from detinfer.errors import UsageError
 
 
 @click.group()
@@ -55,3 +59,41 @@ def model(target: str, names: tuple[str, ...], threads: int, repeats: int) -> No
     console = Console(stderr=True)
     found = list(track(timings, "timing", total=len(dtypes) * len(benchmark.CASES), console=console, transient=True))
     Console().print(benchmark.table(found))
+
+
+def _bytes(text: str) -> int:
+    """``65536``, ``64KiB`` or ``16MiB`` as a number."""
+    for unit, factor in (("KiB", 1 << 10), ("MiB", 1 << 20), ("B", 1), ("", 1)):
+        number = text.strip().removesuffix(unit)
+        if number.isdigit():
+            return int(number) * factor
+    raise UsageError(f"--sizes {text}: numbers of bytes such as 1024, 64KiB or 16MiB, with commas between them")
+
+
+@bench.command()
+@click.option("--ranks", default="2,4", show_default=True, help="Numbers of ranks, with commas between them.")
+@click.option(
+    "--sizes",
+    default="1KiB,4KiB,16KiB,64KiB,256KiB,1MiB,16MiB",
+    show_default=True,
+    help="Bytes of a tensor, with commas between them.",
+)
+@click.option("--dtype", "names", multiple=True, default=("float32",), help="Repeatable.", show_default=True)
+@click.option("--seconds", default=0.5, show_default=True, help="About how long each side of each timing takes.")
+@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there too.")
+def collectives(ranks: str, sizes: str, names: tuple[str, ...], seconds: float, path: Path | None) -> None:
+    """all_reduce between processes against gloo's: percentiles per call and bandwidth, bytes checked before."""
+    from detinfer import bits
+    from detinfer.bench import collectives as benchmark
+
+    dtypes = [bits.dtype_name(dtype) for name in names if (dtype := options.dtype(name)) is not None]
+    counts, lengths = [int(count) for count in ranks.split(",")], [_bytes(size) for size in sizes.split(",")]
+    timings = benchmark.run(counts, lengths, dtypes, seconds)
+    total = len(dtypes) * len(counts) * len(lengths)
+    console = Console(stderr=True)
+    found = list(track(timings, "timing", total=total, console=console, transient=True))
+    shown = Console()
+    shown.width = max(shown.width, 120)
+    shown.print(benchmark.table(found))
+    if path is not None:
+        path.write_text(json.dumps(benchmark.to_json(found), indent=1) + "\n")

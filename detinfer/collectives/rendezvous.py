@@ -36,16 +36,36 @@ def share(
     if not hasattr(os, "memfd_create"):
         raise UsageError("connect: ranks of one host need Linux (memfd_create)")
     address = f"\0detinfer.{os.getuid()}.{name}"
-    deadline = time.monotonic() + timeout
+    patience = _Patience(timeout)
     greeting = {"rank": rank, "size": size, "bytes": bytes_, "version": version}
     if rank == 0:
-        _lead(address, size, greeting, deadline, timeout, use)
+        _lead(address, size, greeting, patience, use)
     else:
-        _follow(address, greeting, deadline, timeout, use)
+        _follow(address, greeting, patience, use)
 
 
-def _left(deadline: float) -> float:
-    return max(deadline - time.monotonic(), 0.0)
+class _Patience:
+    """Seconds of waiting that are left. Time during which this process itself was stopped is not waiting."""
+
+    def __init__(self, seconds: float) -> None:
+        self.given = self.left = seconds
+
+    def _waited(self, start: float, most: float) -> None:
+        self.left -= min(time.monotonic() - start, 2 * most)
+
+    def readable(self, sockets: list[socket.socket]) -> list[socket.socket]:
+        """Those of ``sockets`` that have something to read; none once the patience is at an end."""
+        while True:
+            start, slice_ = time.monotonic(), 0.1
+            ready, _, _ = select.select(sockets, [], [], slice_)
+            self._waited(start, slice_)
+            if ready or self.left <= 0:
+                return ready
+
+    def sleep(self, seconds: float) -> None:
+        start = time.monotonic()
+        time.sleep(seconds)
+        self._waited(start, seconds)
 
 
 def _say(connection: socket.socket, message: dict[str, Any], fd: int | None = None) -> None:
@@ -65,9 +85,7 @@ def _named(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
 
 
-def _lead(
-    address: str, size: int, greeting: dict[str, Any], deadline: float, timeout: float, use: Callable[[int], None]
-) -> None:
+def _lead(address: str, size: int, greeting: dict[str, Any], patience: _Patience, use: Callable[[int], None]) -> None:
     joined: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         try:
@@ -79,7 +97,7 @@ def _lead(
             ) from None
         listener.listen(size)
         try:
-            _gather(listener, joined, size, greeting, deadline, timeout)
+            _gather(listener, joined, size, greeting, patience)
             fd = os.memfd_create("detinfer", os.MFD_CLOEXEC)
             try:
                 os.ftruncate(fd, greeting["bytes"])
@@ -90,7 +108,7 @@ def _lead(
                 raise
             use(fd)
             for rank, connection in joined.items():
-                _expect(connection, rank, "mapped", deadline, timeout)
+                _expect(connection, rank, "mapped", patience)
             for rank, connection in joined.items():
                 _tell(rank, connection, {"go": True})
         except BaseException as error:
@@ -109,14 +127,15 @@ def _gather(
     joined: dict[int, socket.socket],
     size: int,
     greeting: dict[str, Any],
-    deadline: float,
-    timeout: float,
+    patience: _Patience,
 ) -> None:
     while len(joined) < size - 1:
-        ready, _, _ = select.select([listener, *joined.values()], [], [], _left(deadline))
+        ready = patience.readable([listener, *joined.values()])
         if not ready:
             missing = [rank for rank in range(1, size) if rank not in joined]
-            raise PeerError(f"connect: {_named(missing)} did not arrive within {timeout:g} s (rank 0 of {size} waited)")
+            raise PeerError(
+                f"connect: {_named(missing)} did not arrive within {patience.given:g} s (rank 0 of {size} waited)"
+            )
         for rank, connection in joined.items():
             if connection in ready:  # they have nothing to say yet: it is the end
                 raise PeerError(f"connect: rank {rank} died while rank 0 waited for the others")
@@ -126,9 +145,8 @@ def _gather(
         if not _same_user(connection):
             connection.close()
             continue
-        connection.settimeout(_left(deadline))
         try:
-            theirs = json.loads(connection.recv(_MESSAGE))
+            theirs = json.loads(connection.recv(_MESSAGE) if patience.readable([connection]) else b"")
         except (OSError, ValueError):
             connection.close()  # not one of ours, or dead before it said who it is
             continue
@@ -150,12 +168,11 @@ def _tell(rank: int, connection: socket.socket, message: dict[str, Any], fd: int
         raise PeerError(f"connect: rank {rank} died while connecting ({error})") from None
 
 
-def _receive(connection: socket.socket, rank: int, deadline: float, timeout: float) -> tuple[dict[str, Any], list[int]]:
-    connection.settimeout(_left(deadline) or 1e-3)
+def _receive(connection: socket.socket, rank: int, patience: _Patience) -> tuple[dict[str, Any], list[int]]:
+    if not patience.readable([connection]):
+        raise PeerError(f"connect: rank {rank} did not answer within {patience.given:g} s")
     try:
         data, fds, _, _ = socket.recv_fds(connection, _MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
-    except TimeoutError:
-        raise PeerError(f"connect: rank {rank} did not answer within {timeout:g} s") from None
     except OSError as error:
         raise PeerError(f"connect: rank {rank} died while connecting ({error})") from None
     if not data:
@@ -166,36 +183,33 @@ def _receive(connection: socket.socket, rank: int, deadline: float, timeout: flo
     return message, fds
 
 
-def _expect(connection: socket.socket, rank: int, word: str, deadline: float, timeout: float) -> list[int]:
-    message, fds = _receive(connection, rank, deadline, timeout)
+def _expect(connection: socket.socket, rank: int, word: str, patience: _Patience) -> list[int]:
+    message, fds = _receive(connection, rank, patience)
     if word not in message:
         raise PeerError(f"connect: rank {rank} answered {message}, not {word!r}")
     return fds
 
 
-def _follow(
-    address: str, greeting: dict[str, Any], deadline: float, timeout: float, use: Callable[[int], None]
-) -> None:
+def _follow(address: str, greeting: dict[str, Any], patience: _Patience, use: Callable[[int], None]) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         pause = 0.001
         while True:
             try:
-                connection.settimeout(_left(deadline) or 1e-3)
                 connection.connect(address)
                 break
             except OSError:  # it does not listen yet
-                if not _left(deadline):
+                if patience.left <= 0:
                     raise PeerError(
-                        f"connect: rank 0 did not arrive within {timeout:g} s (rank {greeting['rank']} waited)"
+                        f"connect: rank 0 did not arrive within {patience.given:g} s (rank {greeting['rank']} waited)"
                     ) from None
-            time.sleep(pause)
+            patience.sleep(pause)
             pause = min(pause * 1.5, 0.05)
         if not _same_user(connection):
             raise UsageError(f"connect: the name {address[1:]!r} belongs to another user's process")
         # Rank 0 says when others are late: a little after it would itself give up.
-        deadline += 5.0
+        patience.left += 5.0
         _tell(0, connection, greeting)
-        (fd,) = _expect(connection, 0, "fd", deadline, timeout)
+        (fd,) = _expect(connection, 0, "fd", patience)
         use(fd)
         _tell(0, connection, {"mapped": True})
-        _expect(connection, 0, "go", deadline, timeout)
+        _expect(connection, 0, "go", patience)
