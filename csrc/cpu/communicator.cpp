@@ -207,7 +207,7 @@ unsigned gone(Communicator& c, uint32_t epoch, Reason* reason, unsigned* missing
 }
 
 int await(Communicator& c, uint32_t epoch) {
-  const int spins = c.crowded ? 32 : 4096, yields = c.crowded ? 16 : 64;
+  const int spins = c.crowded ? 32 : 1024, yields = c.crowded ? 16 : 64;
   for (int i = 0; i < spins; i++) {
     if (reached(c, epoch)) return kOk;
     pause();

@@ -8,7 +8,7 @@ import torch
 
 from detinfer import native
 from detinfer.collectives.all_reduce import on_cpu, path_number
-from detinfer.collectives.calls import MODES, ORDERS, WEIGHT_MODES, Path, reduction
+from detinfer.collectives.calls import MODES, ORDERS, WEIGHT_MODES, Call, Path, reduction
 from detinfer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,8 +27,16 @@ def all_reduce_rms_norm(
     path: Path | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``Communicator.all_reduce_rms_norm``."""
+
+    def fill(call: Call) -> None:
+        call.dtype, call.item, call.count = native.dtype_code(x.dtype, where), x.element_size(), x.numel()
+        call.order, call.n, call.eps = ORDERS[order], n, eps
+        call.path = path_number(path, call.count * call.item, ranks.size)
+        call.mode, call.weight_mode = MODES[mode], WEIGHT_MODES[weight_mode]
+        call.weight_dtype = -1 if weight is None else native.dtype_code(weight.dtype, f"{where}, its weight")
+
     where = "all_reduce_rms_norm"
-    code = native.dtype_code(x.dtype, where)
+    native.dtype_code(x.dtype, where)
     reduction(where, x.dtype, "sum", order, path)
     on_cpu(where, x=x, residual=residual, weight=weight)
     if mode not in MODES or weight_mode not in WEIGHT_MODES:
@@ -45,13 +53,8 @@ def all_reduce_rms_norm(
     factor = None if weight is None else weight.contiguous()
     norm, total = torch.empty_like(given), torch.empty_like(given)
     with ranks._lock:
-        args = ranks.start(where)
-        call = args.call
-        call.dtype, call.item = code, x.element_size()
-        call.order, call.count, call.n, call.eps = ORDERS[order], given.numel(), n, eps
-        call.path = path_number(path, call.count * call.item, ranks.size)
-        call.mode, call.weight_mode = MODES[mode], WEIGHT_MODES[weight_mode]
-        call.weight_dtype = -1 if factor is None else native.dtype_code(factor.dtype, f"{where}, its weight")
+        options = (order, path, eps, mode, weight_mode, None if weight is None else weight.dtype)
+        args = ranks.prepare((where, x.dtype, x.numel(), n, *options), fill)
         args.in_, args.out = given.data_ptr(), norm.data_ptr()
         args.residual, args.residual_out = added.data_ptr(), total.data_ptr()
         args.weight = None if factor is None else factor.data_ptr()

@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Callable, Hashable
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +30,9 @@ __all__ = ["PATHS", "Communicator", "connect"]
 MOST_RANKS = 8
 STAGING = 1 << 18
 """Default bytes of a rank's staging area; larger tensors go in pieces of it. There are four areas a rank."""
+
+MOST_KNOWN = 256
+"""Calls whose arguments are kept; past these, all are forgotten."""
 
 _PEER_LOST, _MISMATCH = 4, 5
 
@@ -75,7 +79,8 @@ class Communicator:
         self._open = True
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._args = Args()
+        self._known: dict[tuple[Hashable, ...], Args] = {}
+        self._run: Callable[[int, int], int] = _library().detinfer_communicator_call
 
     def all_reduce(
         self,
@@ -134,26 +139,32 @@ class Communicator:
     def barrier(self) -> None:
         """Wait for all ranks."""
         with self._lock:
-            args = self.start("barrier")
-            args.call.item = 1
-            self.finish(args)
+            self.finish(self.prepare(("barrier",), lambda call: setattr(call, "item", 1)))
 
-    def start(self, collective: str) -> Args:
-        """The arguments of a call, all zero but for what is being called; the lock is held until it is finished."""
-        if not self._open or os.getpid() != self._pid:
-            why = "is closed" if not self._open else "belongs to the process that this one was forked from"
-            raise UsageError(f"{collective}: the communicator of rank {self.rank} {why}; connect again")
-        args = self._args
-        ctypes.memset(ctypes.byref(args), 0, ctypes.sizeof(Args))
-        args.call.collective = COLLECTIVES[collective]
+    def prepare(self, key: tuple[Hashable, ...], fill: Callable[[Call], None]) -> Args:
+        """The arguments of the call ``key``, whose first word is the collective; ``fill`` makes those not seen before.
+
+        Filling them anew each time would take as long as a small all_reduce. Under the lock until ``finish``.
+        """
+        args = self._known.get(key)
+        if args is None:
+            args = Args()
+            args.call.collective = COLLECTIVES[str(key[0])]
+            fill(args.call)
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = args
         return args
 
     def finish(self, args: Args) -> None:
         """Run the call; raise what it came to."""
-        library = _library()
-        status = library.detinfer_communicator_call(self._handle, ctypes.byref(args))
+        if not self._open or os.getpid() != self._pid:
+            why = "is closed" if not self._open else "belongs to the process that this one was forked from"
+            raise UsageError(f"{describe(args.call)}: the communicator of rank {self.rank} {why}; connect again")
+        status = self._run(self._handle, ctypes.addressof(args))
         if status == 0:
             return
+        library = _library()
         if status == _MISMATCH:
             raise RankMismatch(self._difference(args.call))
         if status == _PEER_LOST:

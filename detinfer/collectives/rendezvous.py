@@ -23,6 +23,8 @@ from typing import Any
 from detinfer.errors import PeerError, UsageError
 
 _MESSAGE = 4096
+LINGER = 1.0
+"""Seconds for which rank 0, once it has given up, still tells others why."""
 
 
 def share(
@@ -112,13 +114,39 @@ def _lead(address: str, size: int, greeting: dict[str, Any], patience: _Patience
             for rank, connection in joined.items():
                 _tell(rank, connection, {"go": True})
         except BaseException as error:
-            for connection in joined.values():
-                with contextlib.suppress(OSError):  # it may be the one that died
-                    usage = isinstance(error, UsageError)
-                    _say(connection, {"error": str(error) or type(error).__name__, "usage": usage})
+            message = {"error": str(error) or type(error).__name__, "usage": isinstance(error, UsageError)}
+            _give_up(listener, list(joined.values()), size, message)
             raise
         finally:
             for connection in joined.values():
+                connection.close()
+
+
+def _give_up(listener: socket.socket, joined: list[socket.socket], size: int, message: dict[str, Any]) -> None:
+    """Tell the error to all who are here, and for a moment to those who still come, until they have hung up.
+
+    A connection that is closed with something unread in it is reset, and then its other end may lose what it was told.
+    """
+    patience = _Patience(LINGER)
+    told, open_ = len(joined), list(joined)
+    for connection in joined:
+        with contextlib.suppress(OSError):  # it may be the one that died
+            _say(connection, message)
+    while (open_ or told < size - 1) and (ready := patience.readable([listener, *open_])):
+        for connection in ready:
+            if connection is listener:
+                late, _ = listener.accept()
+                with contextlib.suppress(OSError):
+                    _say(late, message)
+                open_.append(late)
+                told += 1
+                continue
+            try:
+                over = not connection.recv(_MESSAGE)
+            except OSError:
+                over = True
+            if over:
+                open_.remove(connection)
                 connection.close()
 
 
