@@ -94,6 +94,8 @@ def _started(count: int, task: dict[str, Any]) -> Iterator[Timing]:
         for process in processes:
             process.kill()
             process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 def table(timings: Sequence[Timing]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import click
@@ -63,10 +64,9 @@ def model(target: str, names: tuple[str, ...], threads: int, repeats: int) -> No
 
 def _bytes(text: str) -> int:
     """``65536``, ``64KiB`` or ``16MiB`` as a number."""
-    for unit, factor in (("KiB", 1 << 10), ("MiB", 1 << 20), ("B", 1), ("", 1)):
-        number = text.strip().removesuffix(unit)
-        if number.isdigit():
-            return int(number) * factor
+    found = re.fullmatch(r"(\d+) ?(KiB|MiB|B|)", text.strip())
+    if found is not None:
+        return int(found[1]) * {"KiB": 1 << 10, "MiB": 1 << 20}.get(found[2], 1)
     raise UsageError(f"--sizes {text}: numbers of bytes such as 1024, 64KiB or 16MiB, with commas between them")
 
 
