@@ -57,12 +57,15 @@ class _Patience:
 
     def readable(self, sockets: list[socket.socket]) -> list[socket.socket]:
         """Those of ``sockets`` that have something to read; none once the patience is at an end."""
+        poll = select.poll()  # select() stops at 1024 descriptors, which a large program has
+        for one in sockets:
+            poll.register(one, select.POLLIN)
         while True:
             start, slice_ = time.monotonic(), 0.1
-            ready, _, _ = select.select(sockets, [], [], slice_)
+            found = {fd for fd, _ in poll.poll(slice_ * 1000)}
             self._waited(start, slice_)
-            if ready or self.left <= 0:
-                return ready
+            if found or self.left <= 0:
+                return [one for one in sockets if one.fileno() in found]
 
     def sleep(self, seconds: float) -> None:
         start = time.monotonic()
