@@ -171,6 +171,8 @@ DETINFER_ENTRY(elementwise, ElementwiseArgs, sizeof(ElementwiseArgs))
 DETINFER_ENTRY(rows, RowsArgs, sizeof(RowsArgs))
 DETINFER_ENTRY(all_reduce, AllReduceArgs, sizeof(AllReduceArgs))
 
+DETINFER_EXPORT int detinfer_communicator_call_size() { return static_cast<int>(sizeof(CollectiveArgs)); }
+
 // One collective, together with the other ranks; communicator.cpp opens and closes the communicator.
 DETINFER_EXPORT int detinfer_communicator_call(Communicator* communicator, const CollectiveArgs* args) {
   if (communicator == nullptr || args == nullptr) return fail(kBadArgument, "collective: no arguments were given");

@@ -22,7 +22,7 @@ from detinfer.collectives import all_reduce_rms_norm as _all_reduce_rms_norm
 from detinfer.collectives import reduce_scatter as _reduce_scatter
 from detinfer.collectives import rendezvous
 from detinfer.collectives.calls import COLLECTIVES, PATHS, Args, Call, Order, Path, ReduceOp, describe
-from detinfer.errors import PeerError, RankMismatch, UsageError
+from detinfer.errors import NativeError, PeerError, RankMismatch, UsageError
 from detinfer.reference.rows import ResidualMode, WeightMode
 
 __all__ = ["PATHS", "Communicator", "connect"]
@@ -40,6 +40,11 @@ _PEER_LOST, _MISMATCH = 4, 5
 @functools.cache
 def _library() -> Any:
     library = native.library()
+    if (found := library.detinfer_communicator_call_size()) != ctypes.sizeof(Args):
+        raise NativeError(
+            f"the arguments of a collective have {found} bytes in the native library, {ctypes.sizeof(Args)} in this "
+            "detinfer: reinstall detinfer"
+        )
     library.detinfer_communicator_bytes.argtypes = (ctypes.c_int, ctypes.c_int64)
     library.detinfer_communicator_bytes.restype = ctypes.c_int64
     library.detinfer_communicator_open.argtypes = (
