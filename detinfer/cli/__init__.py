@@ -10,6 +10,7 @@ import click
 
 import detinfer
 from detinfer import errors
+from detinfer.cli import ranks
 from detinfer.cli.bench import bench
 from detinfer.cli.env import env
 from detinfer.cli.record import record
@@ -39,30 +40,35 @@ for _command in (record, verify, env, bench):
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; every message goes to stderr."""
+    return attempt(arguments)[0]
+
+
+def attempt(arguments: Sequence[str] | None = None) -> tuple[int, bool]:
+    """Run one command line: its exit code, and whether that is an error's."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        outcome = cli.main(
-            args=None if arguments is None else list(arguments), prog_name="detinfer", standalone_mode=False
-        )
-        return outcome if isinstance(outcome, int) else errors.EXIT_SAME
+        # The words themselves are kept for --tp, which runs them again on each rank.
+        outcome = cli.main(args=words, prog_name="detinfer", standalone_mode=False, obj=words)
+        return outcome if isinstance(outcome, int) else errors.EXIT_SAME, False
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return errors.EXIT_INTERRUPTED
+        ranks.complain("interrupted")
+        return errors.EXIT_INTERRUPTED, True
     except click.ClickException as error:
-        error.show()
-        return errors.EXIT_USAGE
+        if ranks.number() == 0:
+            error.show()
+        return errors.EXIT_USAGE, True
     except errors.DetinferError as error:
-        click.echo(f"error: {error}", err=True)
-        return error.exit_code
+        ranks.complain(f"error: {error}")
+        return error.exit_code, True
     except MemoryError as error:
-        click.echo(f"error: out of memory: {error}", err=True)
-        return errors.EXIT_INFRASTRUCTURE
+        ranks.complain(f"error: out of memory: {error}")
+        return errors.EXIT_INFRASTRUCTURE, True
     except OSError as error:
-        click.echo(f"error: {error}", err=True)
-        return errors.EXIT_INFRASTRUCTURE
+        ranks.complain(f"error: {error}")
+        return errors.EXIT_INFRASTRUCTURE, True
     except Exception:
-        click.echo(traceback.format_exc(), err=True)
-        click.echo("internal error in detinfer: please report it with the lines above", err=True)
-        return errors.EXIT_INTERNAL
+        ranks.complain(f"{traceback.format_exc()}\ninternal error in detinfer: please report it with the lines above")
+        return errors.EXIT_INTERNAL, True
 
 
 def main() -> None:

@@ -55,4 +55,7 @@ allow_option = click.option(
     metavar="OP",
     help="Let aten::name.overload run on torch's own path, unproved. Repeatable.",
 )
+tp_option = click.option(
+    "--tp", type=int, metavar="N", help="Ranks to cut the model over, started here [default: 1, or torchrun's]."
+)
 layers_option = click.option("--layers", metavar="REGEX", help="Only units whose name matches.")

@@ -8,7 +8,7 @@ from typing import Any, cast
 import click
 from rich.console import Console
 
-from detinfer.cli import options, vectors
+from detinfer.cli import options, ranks, vectors
 
 
 @click.command()
@@ -29,6 +29,7 @@ from detinfer.cli import options, vectors
 @click.option("--length", default=16, show_default=True, help="Tokens of each built-in prompt.")
 @click.option("--decode-steps", default=8, show_default=True, help="Single-token steps after the prompt.")
 @click.option("--dtype", "dtype_name", metavar="DTYPE", help="float32, bfloat16 or float16 [default: the target's].")
+@options.tp_option
 @options.policy_option
 @options.allow_option
 @click.option(
@@ -36,7 +37,9 @@ from detinfer.cli import options, vectors
 )
 @click.option("--reason", default="", help="Why this golden is recorded: kept in its manifest.")
 @click.option("--force", is_flag=True, help="Replace a golden that is there.")
+@click.pass_context
 def record(
+    context: click.Context,
     target: str,
     output: Path,
     tensors: str,
@@ -46,6 +49,7 @@ def record(
     length: int,
     decode_steps: int,
     dtype_name: str | None,
+    tp: int | None,
     scope: str,
     allow: tuple[str, ...],
     seed: int,
@@ -65,14 +69,18 @@ def record(
     if target.startswith(vectors.PREFIX):
         vectors.record(target, output, reason, force)
         return
-    from detinfer.goldens.prepare import prepare
-    from detinfer.goldens.record import record as record_golden
     from detinfer.models import targets
 
-    console = Console(stderr=True, highlight=False)
+    size = ranks.size(tp)
+    targets.check_ranks(target, size)
+    ranks.start(context, size)
+    from detinfer.goldens.prepare import prepare
+    from detinfer.goldens.record import record as record_golden
+
+    console = Console(stderr=True, highlight=False, quiet=ranks.number() > 0)
     policy = options.policy(scope, allow)
-    with console.status("loading") as status:
-        loaded = targets.load(target, options.dtype(dtype_name), seed)
+    with console.status("loading") as status, ranks.joined(size) as everyone:
+        loaded = targets.load(target, options.dtype(dtype_name), seed, everyone)
         requests, inputs = prepare(
             loaded, prompts, count=n_prompts, length=length, decode_steps=decode_steps, seed=seed
         )
@@ -88,11 +96,15 @@ def record(
             reason=reason,
             overwrite=force,
             progress=lambda part: status.update(f"recording: {part}"),
+            ranks=everyone,
         )
+    if written is None:  # another rank's to say
+        return
     out = Console(highlight=False)
     out.print(
         f"[bold]recorded[/] {written.path}: {written.units} units, {written.calls} calls, {written.bytes / 1e6:.1f} MB"
     )
     if written.skipped:
         out.print(f"  {written.skipped} units cannot be replayed; the manifest says why")
-    out.print(f"  {len(requests)} requests, each alone, three times: same bytes every time")
+    spread = f", on {size} ranks" if size > 1 else ""
+    out.print(f"  {len(requests)} requests, each alone, three times{spread}: same bytes every time")

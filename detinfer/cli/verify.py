@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from detinfer.cli import options, vectors
+from detinfer.cli import options, ranks, vectors
 from detinfer.errors import UsageError
 
 
@@ -64,30 +65,41 @@ def verify(
         context.exit(vectors.verify(golden, tp, json_file))
     from detinfer.goldens.format import Golden
     from detinfer.goldens.prepare import policy_of, prepare_again
-    from detinfer.goldens.verify import Options, check_target, requests_of
+    from detinfer.goldens.verify import Options, check_ranks, check_target, requests_of
     from detinfer.goldens.verify import verify as verify_golden
     from detinfer.models import targets
     from detinfer.reporters import json as json_reporter
     from detinfer.reporters import text
 
     chosen = Options(n_trials, seed, layers, batch_sizes, control, fail_fast, only_trial)
-    console = Console(stderr=True, highlight=False)
-    with console.status("reading the golden") as status:
-        held = Golden.read(golden)
-        status.update("loading the model")
-        recorded = held.manifest.target
-        target = targets.load(spec or recorded["spec"], options.dtype(recorded["dtype"]), held.manifest.inputs["seed"])
-        check_target(held, target)
-        requests = requests_of(held, target, prepare_again(target))
-    columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("inputs")
+    console = Console(stderr=True, highlight=False, quiet=ranks.number() > 0)
+    with ExitStack() as stack:
+        with console.status("reading the golden") as status:
+            held = Golden.read(golden)
+            size = ranks.size(tp, held.manifest.ranks)
+            check_ranks(held, size)
+            recorded = held.manifest.target
+            targets.check_ranks(spec or recorded["spec"], size)
+            status.stop()
+            ranks.start(context, size)
+            status.start()
+            everyone = stack.enter_context(ranks.joined(size))
+            status.update("loading the model")
+            dtype = options.dtype(recorded["dtype"])
+            target = targets.load(spec or recorded["spec"], dtype, held.manifest.inputs["seed"], everyone)
+            check_target(held, target)
+            requests = requests_of(held, target, prepare_again(target))
+        columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("inputs")
 
-        def progress(part: str, done: int, total: int) -> None:
-            bar.update(task, description=part, completed=done, total=total)
+            def progress(part: str, done: int, total: int) -> None:
+                bar.update(task, description=part, completed=done, total=total)
 
-        result = verify_golden(held, target, requests, policy_of(held), chosen, progress)
-    if json_file is not None:
-        json_reporter.write(result, json_file)
-    text.show(result, Console(highlight=False))
+            result = verify_golden(held, target, requests, policy_of(held), chosen, progress, everyone)
+        if everyone.rank == 0:
+            if json_file is not None:
+                json_reporter.write(result, json_file)
+            text.show(result, Console(highlight=False))
+        everyone.share(None)  # a launcher may end the others as soon as one leaves with a verdict
     context.exit(result.exit_code())

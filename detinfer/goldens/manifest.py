@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from detinfer.environment import Environment
 from detinfer.errors import GoldenError
-from detinfer.goldens.schema import JSON, Each, Hex, Null, Word, check
+from detinfer.goldens.schema import JSON, Each, Hex, Maybe, Null, Word, check
 
 SCHEMA = 1
 """Raised by one when a reader of the schema before could misread a manifest."""
@@ -42,6 +42,7 @@ UNIT = {
     "batch": JSON,
     "calls": [{"request": int, "step": int, "arguments": JSON, "outputs": JSON}],
     "skipped": Null(str),
+    "rank": Maybe(int),
 }
 
 SHAPE: dict[str, Any] = {
@@ -74,6 +75,7 @@ SHAPE: dict[str, Any] = {
     "tensors": Each({"dtype": str, "shape": [int], "stored": bool}, keys=Hex.PATTERN),
     "files": [{"name": str, "size": int, "sha256": DIGEST}],
     "digest": DIGEST,
+    "ranks": Maybe(int),
 }
 """The shape of a manifest's JSON, key by key."""
 
@@ -82,7 +84,8 @@ SHAPE: dict[str, Any] = {
 class Manifest:
     """One golden's manifest; ``SHAPE`` gives the JSON shape of every field.
 
-    The last three are the writer's: the tensors that the manifest names, the files that hold them, and the digest of
+    ``ranks`` is the tensor-parallel size; it, and the ``rank`` of a unit, are written where it is more than 1. The three
+    before it are the writer's: the tensors that the manifest names, the files that hold them, and the digest of
     all the rest.
     """
 
@@ -102,10 +105,13 @@ class Manifest:
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)
     digest: str = ""
+    ranks: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the digest computed anew; GoldenError names a value that has no place in a manifest."""
         data = {item.name: getattr(self, item.name) for item in fields(self)}
+        if self.ranks == 1:
+            del data["ranks"]
         data["digest"] = "0" * 64  # of the right shape until there is something to digest
         _check(data, NAME)
         data["digest"] = digest(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from detinfer.goldens.manifest import Manifest
 from detinfer.goldens.runner import Request
 from detinfer.goldens.tree import Node
 from detinfer.goldens.units import pattern
+from detinfer.models.ranks import ALONE, Ranks
 from detinfer.policy import Policy, deterministic
 
 TensorsMode = Literal["full", "slice", "none"]
@@ -50,23 +52,33 @@ def record(
     reason: str = "",
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
-) -> Recorded:
+    ranks: Ranks = ALONE,
+) -> Recorded | None:
     """Run each request alone three times under ``policy`` and write the golden to the folder ``path``.
 
     ``inputs`` is the manifest's account of the requests. Raises Diverged when a unit's own runs differ, TargetError
     for a layer whose output is not finite, draws random numbers or keeps state, RefusedError for an operation that
     the policy refuses. Nothing is written unless all is well.
+
+    On several ``ranks`` all call this together; rank 0 writes what each recorded, the others return None.
     """
     matches = pattern(layers).search
 
     def chosen(name: str) -> bool:
         return matches(name) is not None
 
-    with GoldenWriter(path, overwrite=overwrite) as writer:
+    with ExitStack() as stack:
+        writer = stack.enter_context(GoldenWriter(path, overwrite=overwrite)) if ranks.rank == 0 else None
         with deterministic(policy) as active:
             first, shape = _runs(target, requests, chosen, progress)
         if not any(isinstance(call, Call) for calls in first.calls.values() for call in calls.values()):
             raise TargetError(f"no layer matches {layers!r}: nothing would be recorded")
+        _check_held(ranks)
+        everyone = ranks.share((first, shape, [*active.decisions_json(), *ranks.decisions()]), first=True)
+        if writer is None:
+            ranks.share(None)  # until rank 0 has written
+            return None
+        _check_results([found for found, _, _ in everyone])
         progress("writing")
         ends = _ends(first)
 
@@ -74,7 +86,11 @@ def record(
             store = tensors == "full" or (tensors == "slice" and (name == WHOLE or name in ends))
             return tree.map_tensors(node, lambda _, tensor: writer.add(tensor, store))
 
-        units = _units(first, shape, write)
+        units = [
+            unit if ranks.size == 1 else {**unit, "rank": rank}
+            for rank, (found, shapes, _) in enumerate(everyone)
+            for unit in _units(found, shapes, write)
+        ]
         results = [
             [write(WHOLE, first.results[index, step]) for step in range(request.steps)]
             for index, request in enumerate(requests)
@@ -93,15 +109,18 @@ def record(
             },
             inputs=inputs,
             policy=policy.to_json(),
-            decisions=active.decisions_json(),
+            decisions=_joined([decisions for _, _, decisions in everyone]),
             tensors_mode=tensors,
             units=units,
             outputs={"tokens": tokens, "results": results, "batch": _shape_json(shape[WHOLE])},
             notes=[active.composed_norms],
             command=command,
             reason=reason,
+            ranks=ranks.size,
         )
         written = writer.commit(manifest)
+    if ranks.size > 1:
+        ranks.share(None)
     return Recorded(
         path=written,
         units=sum(unit["skipped"] is None for unit in units),
@@ -110,6 +129,35 @@ def record(
         tokens=tokens,
         bytes=sum(file.stat().st_size for file in written.iterdir()),
     )
+
+
+def _check_held(ranks: Ranks) -> None:
+    ranks.settle()
+    if ranks.held.differing:
+        raise Diverged(
+            f"{ranks.held.differing} of {ranks.held.tensors} sums over ranks are not the same on all ranks, first "
+            f"{ranks.held.first}: no golden is written"
+        )
+
+
+@bits.unseen
+def _check_results(everyone: Sequence[Collected]) -> None:
+    """The whole model's results, which every rank has."""
+    for rank, other in enumerate(everyone[1:], 1):
+        for key, result in everyone[0].results.items():
+            for (_, x), (_, y) in zip(tree.tensors(result), tree.tensors(other.results[key]), strict=True):
+                if bits.digest(x) != bits.digest(y):
+                    raise Diverged(
+                        f"the model's result: ranks 0 and {rank} differ at {phase(key[1])} step {key[1]} of request "
+                        f"{key[0]}: no golden is written"
+                    )
+
+
+def _joined(decisions: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rank 0's decisions, then those that another rank alone has made."""
+    found = {(one["op"], *one["dtypes"]): one for rank in reversed(decisions) for one in rank}
+    order = dict.fromkeys((one["op"], *one["dtypes"]) for rank in decisions for one in rank)
+    return [found[key] for key in order]
 
 
 def _runs(

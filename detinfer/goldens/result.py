@@ -19,6 +19,7 @@ class Divergence:
     ``row`` are the indices of the differing row in the output, ``element`` the index in that row; ``got`` and
     ``expected`` are the two values' bits in hex; ``ulp`` is their distance (None when one is NaN or the dtype has no
     ULP). ``command`` redoes just this comparison.
+    ``rank`` says on which of several ranks it was made.
     """
 
     unit: str
@@ -40,6 +41,7 @@ class Divergence:
     position: int | None = None
     note: str = ""
     command: str = ""
+    rank: int | None = None
 
 
 @dataclass
@@ -106,6 +108,17 @@ class Comparison:
 
 
 @dataclass
+class Consistency:
+    """Whether all ranks held the same bytes of every tensor that was reduced over them."""
+
+    verdict: Verdict = "not_run"
+    ranks: int = 1
+    tensors: int = 0
+    differing: int = 0
+    first: str = ""
+
+
+@dataclass
 class Control:
     """The first half of the trials with the policy off: a report, never judged."""
 
@@ -130,13 +143,14 @@ class Result:
     invariance: Invariance
     golden: Comparison
     control: Control
+    consistency: Consistency = field(default_factory=Consistency)
     decisions: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def exit_code(self) -> int:
         """Diverged before stale before vacuous; the control is never judged."""
-        verdicts: Sequence[Verdict] = (self.invariance.verdict, self.golden.verdict)
+        verdicts: Sequence[Verdict] = (self.invariance.verdict, self.golden.verdict, self.consistency.verdict)
         if "diverged" in verdicts:
             return errors.EXIT_DIVERGED
         if "stale" in verdicts:
@@ -146,5 +160,5 @@ class Result:
         return errors.EXIT_SAME
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values with the keys ``schema``, ``invariance``, ``golden`` and ``control`` on top."""
+        """Plain JSON values, among them ``schema``, ``invariance``, ``golden``, ``control`` and ``consistency``."""
         return asdict(self)

@@ -2,7 +2,8 @@
 
 A shape is ``str``, ``int`` or ``bool``; ``JSON`` for any JSON value; ``[shape]`` for a list; ``{"key": shape}`` for an
 object with exactly these keys; ``Each(shape)`` for an object with any keys; ``Null(shape)`` for null or that shape;
-``Word(...)`` for one of some strings; ``Hex()`` for a SHA-256.
+``Word(...)`` for one of some strings; ``Hex()`` for a SHA-256; ``Maybe(shape)`` for a key of an object that may be
+missing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ class Each:
 @dataclass(frozen=True)
 class Null:
     """Null, or a value of the shape."""
+
+    shape: Any
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """A key that may be missing, with a value of the shape where it is not."""
 
     shape: Any
 
@@ -60,9 +68,11 @@ def check(value: Any, shape: Any, where: str) -> None:
             check(item, shape[0], f"{where}[{i}]")
     elif isinstance(shape, dict):
         for name in sorted(shape.keys() ^ _object(value, where).keys()):
-            raise GoldenError(f"{where}: {'missing' if name in shape else 'unknown'} key {name!r}")
+            if not isinstance(shape.get(name), Maybe):
+                raise GoldenError(f"{where}: {'missing' if name in shape else 'unknown'} key {name!r}")
         for name, inner in shape.items():
-            check(value[name], inner, f"{where}.{name}")
+            if name in value:
+                check(value[name], inner.shape if isinstance(inner, Maybe) else inner, f"{where}.{name}")
     elif isinstance(shape, Each):
         for name, item in _object(value, where).items():
             if not re.fullmatch(shape.keys, name):

@@ -16,13 +16,16 @@ from detinfer.goldens.capture import Call
 from detinfer.goldens.collect import WHOLE, collect
 from detinfer.goldens.compare import by_digests, compare
 from detinfer.goldens.format import Golden
+from detinfer.goldens.merge import merge
 from detinfer.goldens.replay import Replay, replays
 from detinfer.goldens.result import Comparison, Control, Divergence, Invariance, Result, Sensitivity, Tally
 from detinfer.goldens.runner import Request
 from detinfer.goldens.stress import probe
+from detinfer.goldens.stress_ranks import probe_ranks
 from detinfer.goldens.sweep import Key, Sweep, Trial, divergence, plan
 from detinfer.goldens.tree import Node
 from detinfer.goldens.units import pattern
+from detinfer.models.ranks import ALONE, Ranks
 from detinfer.policy import Policy, deterministic
 
 Progress = Callable[[str, int, int], None]
@@ -106,13 +109,19 @@ def verify(
     policy: Policy,
     options: Options,
     progress: Progress = lambda part, done, total: None,
+    ranks: Ranks = ALONE,
 ) -> Result:
-    """Judge invariance and golden under ``policy``; with ``options.control`` also report the sweep without it."""
+    """Judge invariance and golden under ``policy``; with ``options.control`` also report the sweep without it.
+
+    On several ``ranks`` all call this together: each replays its own units, and all get the result of all.
+    """
     manifest = golden.manifest
+    check_ranks(golden, ranks.size)
     matches = pattern(options.layers).search
-    chosen = [unit for unit in manifest.units if matches(unit["name"]) is not None]
+    own = [unit for unit in manifest.units if unit.get("rank", 0) == ranks.rank]
+    chosen = [unit for unit in own if matches(unit["name"]) is not None]
     if options.layers is not None and not chosen:
-        raise UsageError(f"--layers {options.layers!r} matches none of the golden's {len(manifest.units)} units")
+        raise UsageError(f"--layers {options.layers!r} matches none of the golden's {len(own)} units")
     units = replays(target.module, chosen)
     # The whole model is left out when layers are picked: the line that redoes one comparison redoes just that.
     whole = manifest.outputs["batch"]["outputs"] if options.layers is None else None
@@ -132,21 +141,23 @@ def verify(
 
     with deterministic(policy) as active:
         progress("inputs", 0, 1)
-        recomputed = _load_inputs(golden, target, requests, units, chosen)
+        recomputed = _load_inputs(golden, target, requests, units, chosen, ranks)
         clock("inputs")
         sweep = Sweep(target, requests, units, whole, redo)
         result.golden = _judge_golden(golden, sweep, units, chosen, recomputed, progress, redo)
         sweep.expect(trials)
         clock("alone")
-        _run(sweep, trials[:1], options, progress, len(trials))  # the first trial is traced, as the runs alone were
+        _run(
+            sweep, trials[:1], options, progress, len(trials), ranks
+        )  # the first trial is traced, as the runs alone were
     with deterministic(replace(policy, uncovered="trust")):
-        if not (options.fail_fast and sweep.found.divergences):
-            _run(sweep, trials[1:], options, progress, len(trials))
+        if not (options.fail_fast and ranks.any(bool(sweep.found.divergences))):
+            _run(sweep, trials[1:], options, progress, len(trials), ranks)
         clock("trials")
         progress("stress", 0, 1)
-        sensitivity, order_free = _sensitivity(active)
+        sensitivity, order_free = _sensitivity(active, ranks)
         clock("stress")
-    result.decisions = active.decisions_json()
+    result.decisions = [*active.decisions_json(), *ranks.decisions()]
     result.invariance = _invariance(sweep, trials, chosen, sensitivity, order_free)
     result.golden = _staleness(result.golden, manifest, target, result.decisions)
 
@@ -160,6 +171,7 @@ def verify(
             for done, trial in enumerate(half):
                 progress("control", done, len(half))
                 control.trial(trial)
+                ranks.settle()
         result.control = Control(
             verdict="diverged" if control.found.diverged_trials else "same",
             trials=len(half),
@@ -170,7 +182,17 @@ def verify(
             first=control.found.divergences[0] if control.found.divergences else None,
         )
         clock("control")
-    return result
+    ranks.settle()
+    return merge(ranks.share(result), ranks.share(ranks.held))
+
+
+def check_ranks(golden: Golden, size: int) -> None:
+    """UsageError unless a golden was recorded on ``size`` ranks: the sums of other numbers of ranks have other bits."""
+    if (recorded := golden.manifest.ranks) != size:
+        raise UsageError(
+            f"{golden.path}: recorded on {recorded} rank{'s' if recorded > 1 else ''}, verified on {size}: each number of "
+            f"ranks has bits of its own. Use --tp {recorded}, or record a golden with --tp {size}"
+        )
 
 
 class _Clock:
@@ -183,15 +205,22 @@ class _Clock:
         self._last = now
 
 
-def _run(sweep: Sweep, trials: Iterable[Trial], options: Options, progress: Progress, total: int) -> None:
+def _run(sweep: Sweep, trials: Iterable[Trial], options: Options, progress: Progress, total: int, ranks: Ranks) -> None:
     for trial in trials:
         progress("trials", trial.number if options.only_trial is None else 0, total)
-        if sweep.trial(trial) and options.fail_fast:
+        differs = sweep.trial(trial) > 0
+        ranks.settle()
+        if options.fail_fast and ranks.any(differs):
             return
 
 
 def _load_inputs(
-    golden: Golden, target: Any, requests: Sequence[Request], units: Sequence[Replay], chosen: Sequence[dict[str, Any]]
+    golden: Golden,
+    target: Any,
+    requests: Sequence[Request],
+    units: Sequence[Replay],
+    chosen: Sequence[dict[str, Any]],
+    ranks: Ranks,
 ) -> dict[tuple[str, Key], tuple[Node, Node]]:
     """Give every unit its recorded arguments: from the file, or by running the prompts alone where it has none.
 
@@ -209,9 +238,10 @@ def _load_inputs(
                 unit.arguments[key] = node
             else:
                 missing.append((unit, key))
-    if not missing:
+    # A rank may find all of its own in the file where another does not: tensors that are equal are stored once.
+    names = {name for rank in ranks.share({unit.name.partition("#")[0] for unit, _ in missing}) for name in rank}
+    if not names:
         return {}
-    names = {unit.name.partition("#")[0] for unit, _ in missing}
     found = collect(target, requests, lambda name: name in names)
     recomputed: dict[tuple[str, Key], tuple[Node, Node]] = {}
     for unit, key in missing:
@@ -220,6 +250,8 @@ def _load_inputs(
             raise GoldenError(f"{golden.path}: the model no longer calls {unit.name} at step {key[1]}")
         unit.arguments[key] = call.arguments
         recomputed[unit.name, key] = (call.arguments, call.outputs)
+    for unit in units:  # in one order on all ranks, wherever an input came from
+        unit.arguments = dict(sorted(unit.arguments.items()))
     return recomputed
 
 
@@ -281,11 +313,14 @@ def _against_file(golden: Golden, node: Node, wanted: Node, found: Comparison) -
     return None if rows.first is None else (rows, rows.first)
 
 
-def _sensitivity(active: Any) -> tuple[list[Sensitivity], list[str]]:
-    """Probe every reducing operation at its recorded shapes; the others are free of order."""
+def _sensitivity(active: Any, ranks: Ranks) -> tuple[list[Sensitivity], list[str]]:
+    """Probe every reducing operation at its recorded shapes, each rank some; the others are free of order."""
     found: list[Sensitivity] = []
     done: set[tuple[str, str, str]] = set()
-    for number, (operation, dtype, shapes) in enumerate(active.reducing_calls()):
+    calls = dict.fromkeys(call for rank in ranks.share(list(active.reducing_calls())) for call in rank)
+    for number, (operation, dtype, shapes) in enumerate(calls):
+        if number % ranks.size != ranks.rank:
+            continue
         stress = stress_inputs.stress(operation, dtype, shapes, seed=number)
         if stress is None:
             note = "no stress inputs are known for it"
@@ -293,7 +328,8 @@ def _sensitivity(active: Any) -> tuple[list[Sensitivity], list[str]]:
         elif (key := (operation, str(dtype), stress.shape)) not in done:
             done.add(key)
             found.append(probe(stress, operation, dtype))
-    return found, active.order_free()
+    everyone = {(one.operation, one.dtype, one.shape): one for rank in ranks.share(found) for one in rank}
+    return [*probe_ranks(ranks), *everyone.values()], active.order_free()
 
 
 def _invariance(

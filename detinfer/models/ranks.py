@@ -1,8 +1,32 @@
-"""The ranks that one model is spread over, as its layers see them."""
+"""The ranks that one model is spread over, as its layers and goldens see them."""
 
 from __future__ import annotations
 
+import hashlib
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+
+from detinfer import bits
+from detinfer.collectives.communicator import Communicator
+from detinfer.collectives.proof import SUBJECT, prove
+from detinfer.errors import Diverged, RefusedError
+from detinfer.policy.decide import MOVES
+from detinfer.policy.policy import Accepted, Proof
+from detinfer.policy.refusals import message
+
+GATHER = "detinfer::all_gather"
+
+
+@dataclass
+class Held:
+    """Reduced tensors that the ranks were asked to compare, how many of them differ, and the first that does."""
+
+    tensors: int = 0
+    differing: int = 0
+    first: str = ""
 
 
 class Ranks:
@@ -10,6 +34,11 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+
+    def __init__(self) -> None:
+        self.held = Held()
+        self.reduced: dict[tuple[torch.dtype, int], None] = {}
+        """Dtype and width (last dimension) of every sum so far."""
 
     def all_reduce(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """The sum of every rank's ``x`` in rank order, rounded once to its dtype; ``name`` is the caller's, for reports."""
@@ -19,6 +48,114 @@ class Ranks:
         """Every rank's ``x``, one after the other along the last dimension."""
         return x
 
+    def sum_of(self, x: torch.Tensor) -> torch.Tensor:
+        """``all_reduce`` of something that is no part of the model: nothing is noted."""
+        return x
+
+    def share(self, value: Any, first: bool = False) -> list[Any]:
+        """Every rank's ``value`` (anything that pickles), by rank; all ranks call it together.
+
+        With ``first`` only rank 0 gets them; the others get an empty list.
+        """
+        return [value]
+
+    def settle(self) -> None:
+        """Compare what the ranks hold of every tensor reduced since the last time; the outcome is in ``held``."""
+
+    def decisions(self) -> list[dict[str, Any]]:
+        """What was decided about the operations over ranks that ran, as a policy's decisions are."""
+        return []
+
+    def any(self, value: bool) -> bool:
+        """Whether ``value`` holds on any rank."""
+        return any(self.share(value))
+
+    def digest(self, own: str) -> str:
+        """One digest of every rank's own."""
+        return own if self.size == 1 else hashlib.sha256("\n".join(self.share(own)).encode()).hexdigest()
+
 
 ALONE = Ranks()
 """A model that one process holds whole."""
+
+
+class Spread(Ranks):
+    """One rank of several, joined by a communicator. Every dtype is proved before its first sum."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        super().__init__()
+        self.rank, self.size = communicator.rank, communicator.size
+        self._communicator = communicator
+        self._decisions: dict[tuple[str, torch.dtype], Accepted] = {}
+        self._pending: list[tuple[str, str]] = []
+
+    @bits.unseen
+    def all_reduce(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Raises RefusedError when the path's proof fails here, PeerError when a rank is lost."""
+        if (SUBJECT, x.dtype) not in self._decisions:
+            self._prove(x.dtype)
+        total = self._communicator.all_reduce(x)
+        self.reduced[x.dtype, x.shape[-1]] = None
+        self._pending.append((name, bits.digest(total)))
+        return total
+
+    @bits.unseen
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        self._decisions.setdefault((GATHER, x.dtype), Accepted(GATHER, "csrc/collectives", MOVES, portable=True))
+        return self._communicator.all_gather(x, dim=-1)
+
+    def sum_of(self, x: torch.Tensor) -> torch.Tensor:
+        return self._communicator.all_reduce(x)
+
+    def _prove(self, dtype: torch.dtype) -> None:
+        try:
+            cases, results = prove(self._communicator, dtype)
+        except Diverged as error:
+            raise RefusedError(message(SUBJECT, f"its proof failed on this machine: {error}")) from error
+        proof = Proof(
+            f"{SUBJECT} {bits.dtype_name(dtype)}",
+            "detinfer.reference.all_reduce",
+            cases,
+            hashlib.sha256(results).hexdigest(),
+        )
+        why = f"canonical order over {self.size} ranks: rank_order"
+        self._decisions[SUBJECT, dtype] = Accepted(SUBJECT, "csrc/collectives", why, proof, portable=True)
+
+    def decisions(self) -> list[dict[str, Any]]:
+        return [
+            {"op": op, "dtypes": [bits.dtype_name(dtype)]} | decision.to_json()
+            for (op, dtype), decision in self._decisions.items()
+        ]
+
+    @bits.unseen
+    def share(self, value: Any, first: bool = False) -> list[Any]:
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        lengths = self._communicator.all_gather(torch.tensor([len(data)]))
+        longest = int(lengths.max())
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(data)] = data
+        everyone = self._communicator.all_gather(padded).view(self.size, longest)
+        if first and self.rank > 0:
+            return []
+        return [
+            pickle.loads(row[:length].numpy().tobytes()) for row, length in zip(everyone, lengths.tolist(), strict=True)
+        ]
+
+    @bits.unseen
+    def settle(self) -> None:
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        self.held.tensors += len(pending)
+        # One digest of all is enough where the ranks agree.
+        mine = hashlib.sha256(repr(pending).encode()).digest()
+        everyone = self._communicator.all_gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8)[None])
+        if len({bytes(row.tolist()) for row in everyone}) == 1:
+            return
+        lists = self.share(pending)
+        for place, row in enumerate(zip(*lists, strict=False)):
+            if len(set(row)) > 1:
+                self.held.differing += 1
+                odd = [rank for rank, item in enumerate(row) if item != row[0]]
+                ranks = f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}"
+                self.held.first = self.held.first or f"{row[0][0]}: {ranks} hold other bytes than rank 0 (sum {place})"

@@ -65,7 +65,10 @@ def load(spec: str, dtype: torch.dtype | None = None, seed: int = 0, ranks: Rank
     ``dtype`` casts parameters, buffers and floating-point requests of a module; None keeps what the model has (bf16
     for smollm2). ``seed`` goes to a factory. Raises TargetError when it cannot be loaded, UnsupportedDtype for a
     dtype without canonical orders.
+
+    With ``ranks`` this process loads its share of the model, and all ranks load theirs at the same time.
     """
+    check_ranks(spec, ranks.size)
     if dtype is not None:
         native.dtype_code(dtype, f"target {spec}")
     # Imported here: a module of the user's own needs none of transformers.
@@ -77,7 +80,7 @@ def load(spec: str, dtype: torch.dtype | None = None, seed: int = 0, ranks: Rank
         from detinfer.models import builtin
 
         module = builtin.build(spec.removeprefix("builtin:"), dtype or torch.float32, seed, ranks)
-        return finish(spec, Loaded("causal_lm", module))
+        return finish(spec, Loaded("causal_lm", module), ranks)
     if spec.startswith("hf:"):
         from detinfer.models import huggingface
 
@@ -99,8 +102,17 @@ class Loaded:
     inputs: list[Inputs] = field(default_factory=list)
 
 
-def finish(spec: str, loaded: Loaded) -> Target:
-    """A target of a loaded module, checked and with its digests."""
+def check_ranks(spec: str, size: int) -> None:
+    """TargetError for a target that cannot be spread over ``size`` ranks, without loading it."""
+    if size > 1 and not spec.startswith("builtin:"):
+        raise TargetError(
+            f"target {spec}: only builtin:dense and builtin:moe can be cut over {size} ranks in this version; every "
+            f"process would hold the whole of any other model, and no sum over ranks would run. Leave --tp out"
+        )
+
+
+def finish(spec: str, loaded: Loaded, ranks: Ranks = ALONE) -> Target:
+    """A target of a loaded module, checked and with its digests: those of all ranks' shares together."""
     module = loaded.module.eval().requires_grad_(False)
     return Target(
         spec=spec,
@@ -108,8 +120,8 @@ def finish(spec: str, loaded: Loaded) -> Target:
         module=module,
         dtype=_dtype(spec, loaded),
         class_name=type(module).__name__,
-        weights_digest=weights_digest(module),
-        config_digest=config_digest(module),
+        weights_digest=ranks.digest(weights_digest(module)),
+        config_digest=ranks.digest(config_digest(module)),
         tokenizer=loaded.tokenizer,
         inputs=loaded.inputs,
         libraries=("transformers",) if any(map(_of_transformers, module.modules())) else (),

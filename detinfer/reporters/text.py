@@ -16,7 +16,8 @@ _STYLES = {"same": "green", "diverged": "bold red", "stale": "yellow", "vacuous"
 def show(result: Result, console: Console) -> None:
     """Print the sweep, the layers, what could have failed, and the verdicts."""
     invariance, golden, control = result.invariance, result.golden, result.control
-    console.print(f"golden   {result.path}: {result.target}, {result.dtype}, scope {result.policy['scope']}")
+    ranks = f", {result.consistency.ranks} ranks" if result.consistency.ranks > 1 else ""
+    console.print(f"golden   {result.path}: {result.target}, {result.dtype}, scope {result.policy['scope']}{ranks}")
     console.print(
         f"sweep    {invariance.trials} trials, mean batch {invariance.mean_batch}, {invariance.batches:,} batches, "
         f"{invariance.rows_compared:,} of {invariance.rows_possible:,} rows compared",
@@ -33,6 +34,10 @@ def show(result: Result, console: Console) -> None:
     differing = f"{golden.rows_differing:,} of {golden.rows_compared:,} rows differ from the file"
     reasons = [*golden.reasons, *(f"{name}: recorded {then}, now {now}" for name, then, now in golden.stale)]
     _verdict(console, "golden", golden.verdict, differing, reasons if golden.verdict != "same" else [])
+    ranked = result.consistency
+    if ranked.ranks > 1:
+        count = f"{ranked.differing:,} of {ranked.tensors:,} sums over {ranked.ranks} ranks differ between ranks"
+        _verdict(console, "ranks", ranked.verdict, count, [ranked.first] if ranked.first else [])
     if golden.stale and golden.verdict == "same":
         console.print("           judged in another environment: every operation in it is portable", style="dim")
     if control.verdict != "not_run":
@@ -94,7 +99,7 @@ def _sensitivity(result: Result, console: Console) -> None:
         kinds.setdefault((probe.operation, probe.dtype), []).append(probe.seen)
     for (operation, dtype), seen in kinds.items():
         judged = [one for one in seen if one is not None]
-        free = f", {len(seen) - len(judged)} with fewer than 3 terms" if len(judged) < len(seen) else ""
+        free = f", {len(seen) - len(judged)} with fewer than 3 terms or ranks" if len(judged) < len(seen) else ""
         console.print(
             f"planted  {operation} {dtype}: a wrong order seen at {sum(judged)} of {len(judged)} recorded shapes{free}",
             soft_wrap=True,
@@ -111,6 +116,8 @@ def _first(first: Divergence, what: str, console: Console) -> None:
         )
     else:
         place = f"request {first.request} alone, {place}"
+    if first.rank is not None:
+        place = f"rank {first.rank}, {place}"
     ulp = f", {first.ulp} ULP apart" if first.ulp is not None else ""
     values = first.note or f"got {first.got}, expected {first.expected}{ulp}"
     title = {

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from detinfer import cli
+from detinfer.collectives import patterns
 from detinfer.errors import Vacuous
-from detinfer.goldens.vectors import file, patterns
+from detinfer.goldens.vectors import file
 from detinfer.goldens.vectors.case import OPERATIONS
 from detinfer.goldens.vectors.make import RANKS, make, shows_order
 

@@ -43,6 +43,7 @@ class Thread(Ranks):
     """One rank of several."""
 
     def __init__(self, together: Together, rank: int) -> None:
+        super().__init__()
         self._together, self.rank, self.size = together, rank, together.size
 
     @bits.unseen

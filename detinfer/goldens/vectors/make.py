@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from detinfer.collectives import patterns
+from detinfer.collectives.patterns import DTYPES
 from detinfer.errors import UsageError, Vacuous
-from detinfer.goldens.vectors import patterns
 from detinfer.goldens.vectors.case import OPERATIONS, Case, tensor
-from detinfer.goldens.vectors.patterns import DTYPES
 from detinfer.reference.all_reduce import all_reduce
 from detinfer.reference.all_reduce_rms_norm import all_reduce_rms_norm
 from detinfer.reference.arithmetic import Bits, DType, Float, load, store
