@@ -16,7 +16,7 @@ from detinfer.errors import UsageError
 if TYPE_CHECKING:
     from detinfer.models.ranks import Ranks
 
-HEARD = 1.0
+HEARD = 3.0
 """Seconds that another rank than 0 waits before it prints an error: where rank 0 has the same one, it is ended."""
 
 PRELOAD = ("detinfer.cli", "detinfer.goldens.record", "detinfer.goldens.verify", "detinfer.models.builtin")

@@ -11,15 +11,17 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from detinfer.collectives.communicator import MOST_RANKS, Communicator, connect
-from detinfer.errors import InfrastructureError, UsageError
+from detinfer.errors import EXIT_INFRASTRUCTURE, InfrastructureError, UsageError
 
 WAIT = 600.0
 """Seconds that a launched rank waits for the others: the launcher notices a dead one much sooner."""
@@ -75,8 +77,9 @@ def launch(work: Callable[..., Any], size: int, *arguments: Any, preload: Sequen
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Its warnings tell how it ends the other ranks, at length; what matters is raised here.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Their warnings tell how the other ranks are ended, at length; what matters is raised here.
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # One process imports torch; ranks are forked from it, before it has any threads.
     multiprocessing.set_forkserver_preload(["torch", *preload])
     config = LaunchConfig(
@@ -92,8 +95,10 @@ def launch(work: Callable[..., Any], size: int, *arguments: Any, preload: Sequen
         start_method="forkserver",
         shutdown_timeout=_ENDING,
     )
+    # The ranks hold the other end: it closes when this process ends, however it does.
+    alive, held = multiprocessing.get_context("forkserver").Pipe(duplex=False)
     try:
-        found: dict[int, Any] = elastic_launch(config, _rank)(work, arguments)
+        found: dict[int, Any] = elastic_launch(config, _rank)(work, arguments, alive)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
@@ -106,12 +111,16 @@ def launch(work: Callable[..., Any], size: int, *arguments: Any, preload: Sequen
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise InfrastructureError(f"ended by {error.sigval.name}, and the ranks with it") from None
+    finally:
+        held.close()
+        alive.close()
     return found
 
 
-def _rank(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], alive: Connection) -> Any:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # the launcher decides how the ranks end
+    threading.Thread(target=_end_with_launcher, args=(alive,), daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     try:
@@ -119,3 +128,9 @@ def _rank(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _end_with_launcher(alive: Connection) -> None:
+    """A launcher that is killed cannot end its ranks, and they would wait for it to fetch their results."""
+    alive.poll(None)  # nothing is ever sent
+    os._exit(EXIT_INFRASTRUCTURE)

@@ -19,7 +19,7 @@ from detinfer.models.weights import MOST_RANKS, cancelling, draw, large, repeati
 NAMES = ("dense", "moe")
 HIDDEN, HEADS, KV_HEADS, WIDTH = 60, 8, 4, 10
 INNER, VOCABULARY, POSITIONS, EPSILON = 77, 101, 256, 1e-5
-EXPERTS, CHOSEN, EXPERT_INNER, SHARED_INNER = 6, 3, 29, 45
+EXPERTS, CHOSEN, EXPERT_INNER, SHARED_INNER = 6, 3, 37, 45
 
 
 def build(name: str, dtype: torch.dtype, seed: int, ranks: Ranks) -> Decoder:

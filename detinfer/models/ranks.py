@@ -157,5 +157,5 @@ class Spread(Ranks):
             if len(set(row)) > 1:
                 self.held.differing += 1
                 odd = [rank for rank, item in enumerate(row) if item != row[0]]
-                ranks = f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}"
-                self.held.first = self.held.first or f"{row[0][0]}: {ranks} hold other bytes than rank 0 (sum {place})"
+                ranks = f"ranks {', '.join(map(str, odd))} hold" if len(odd) > 1 else f"rank {odd[0]} holds"
+                self.held.first = self.held.first or f"{row[0][0]}: {ranks} other bytes than rank 0 (sum {place})"

@@ -28,7 +28,6 @@ SUMS: tuple[dict[str, str], ...] = (
     {"op": "sum", "order": "rank_order"},
     {"op": "sum", "order": "rank_tree"},
     {"op": "avg", "order": "rank_order"},
-    {"op": "avg", "order": "rank_tree"},
     {"op": "max", "order": "rank_order"},
     {"op": "min", "order": "rank_order"},
 )

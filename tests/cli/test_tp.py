@@ -1,0 +1,184 @@
+"""``--tp``: one command starts the ranks; what they find and how they end reaches the user."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from detinfer import cli
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--n-prompts", "2", "--length", "3", "--decode-steps", "1")
+
+
+def run(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """detinfer as a command, alone or under a launcher."""
+    command = [sys.executable, *launcher, "-m", "detinfer", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """builtin:moe on 3 ranks."""
+    folder = tmp_path_factory.mktemp("tp") / "golden"
+    done = run("record", "builtin:moe", "--tp", "3", "-o", str(folder), *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("recorded") == 1, "rank 0 alone prints"
+    return folder
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return found
+
+
+def test_a_golden_names_its_ranks_and_holds_every_ranks_units(golden: Path) -> None:
+    held = manifest(golden)
+    assert held["ranks"] == 3
+    assert held["policy"]["scope"] == "batch"
+    names = [{unit["name"] for unit in held["units"] if unit["rank"] == rank} for rank in range(3)]
+    assert names[0] == names[1] == names[2]
+    assert {"layers.0.self_attn.all_reduce", "layers.1.feed_forward.experts", "layers.1.self_attn.attention"} <= names[
+        0
+    ]
+    outputs = {
+        rank: [call["outputs"] for call in unit["calls"]]
+        for rank in range(3)
+        for unit in held["units"]
+        if unit["rank"] == rank and unit["name"] == "layers.1.feed_forward.all_reduce"
+    }
+    assert outputs[0] == outputs[1] == outputs[2], "the ranks hold the same sums"
+    decision = next(one for one in held["decisions"] if one["op"] == "detinfer::all_reduce")
+    assert decision["accepted"] and decision["proof"]["cases"] > 1000
+    assert all(one["portable"] for one in held["decisions"])
+
+
+def test_recording_again_gives_the_same_bytes(golden: Path, tmp_path: Path) -> None:
+    """Every file of the folder, but for the command's own words in the manifest."""
+    again = tmp_path / "golden"
+    done = run("record", "builtin:moe", "--tp", "3", *SMALL, "-o", str(again))
+    assert done.returncode == 0, done.stderr
+    assert (again / "tensors.safetensors").read_bytes() == (golden / "tensors.safetensors").read_bytes()
+    first, second = manifest(golden), manifest(again)
+    assert first.pop("command") == second.pop("command")
+    assert first == second
+
+
+def test_torchrun_gives_the_same_verdict(golden: Path, tmp_path: Path) -> None:
+    """The same command line under torch's launcher; rank 0 alone prints."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+    report = tmp_path / "result.json"
+    words = ("verify", str(golden), "--tp", "3", "--n-trials", "2", "--json", str(report))
+    done = run(*words, launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("invariance") == 1
+    result = json.loads(report.read_text())
+    assert [result[part]["verdict"] for part in ("invariance", "golden", "consistency")] == ["same"] * 3
+    probe = next(probe for probe in result["invariance"]["sensitivity"] if probe["operation"] == "detinfer::all_reduce")
+    assert probe["seen"] and probe["invariant"]
+    wrong = run("record", "builtin:moe", "--tp", "2", "-o", str(tmp_path / "x"), launcher=torchrun)
+    assert wrong.returncode != 0
+    assert ("\n" + wrong.stderr).count("\nerror: --tp 2: the launcher started 3 ranks") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_error_of_every_rank_is_said_once(golden: Path) -> None:
+    """Exit 2, and nothing of the launcher's own."""
+    done = run("record", "builtin:moe", "--tp", "3", "-o", str(golden), *SMALL)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert done.stderr.count("error") == 1
+    done = run("verify", str(golden), "--layers", "no such layer")
+    assert (done.returncode, done.stderr.count("matches none")) == (2, 1)
+
+
+def test_a_verdict_reaches_the_user(golden: Path) -> None:
+    """Exit 5 of a vacuous sweep, 4 of another model."""
+    done = run("verify", str(golden), "--batch-sizes", "1", "--n-trials", "2")
+    assert (done.returncode, done.stdout.count("VACUOUS")) == (5, 1)
+    done = run("verify", str(golden), "--target", "builtin:dense")
+    assert (done.returncode, done.stderr.count("another model")) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("record", "smollm2", "--tp", "4"), "target smollm2: only builtin:dense and builtin:moe can be cut over 4"),
+        (("record", "hf:somewhere", "--tp", "2"), "target hf:somewhere: only builtin:dense"),
+        (("record", "faults:sound", "--tp", "2"), "target faults:sound: only builtin:dense"),
+        (("record", "builtin:moe", "--tp", "9"), "9 ranks: 1 to 8"),
+        (("record", "builtin:moe", "--tp", "0"), "--tp 0: at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_spread(
+    arguments: tuple[str, ...], says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 2 at once, with the reason; nothing is started or written."""
+    assert cli.run([*arguments, "-o", str(tmp_path / "golden")]) == 2
+    assert says in capfd.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tp", ["1", "2", "8"])
+def test_another_number_of_ranks_is_refused(tp: str, golden: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Exit 2: it names both numbers."""
+    assert cli.run(["verify", str(golden), "--tp", tp]) == 2
+    assert f"recorded on 3 ranks, verified on {tp}" in capfd.readouterr().err
+
+
+def children(process: int) -> Iterator[int]:
+    """Processes that ``process`` has started."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # gone since
+                continue
+            if int(words[1]) == process and words[0] != "Z":
+                yield int(entry.name)
+
+
+def ranks_of(process: int, wanted: int) -> list[int]:
+    """The ranks that a command has started, once they all run."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        found = [rank for server in children(process) for rank in children(server)]
+        if len(found) == wanted:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{wanted} ranks of {process} did not appear")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ranks are found through /proc, which is not here")
+@pytest.mark.parametrize("victim", ["rank", "launcher"])
+def test_a_death_ends_everything(victim: str, golden: Path) -> None:
+    """kill -9 of a rank: exit 6, and its number is named. Of the launcher: the ranks end by themselves."""
+    command = [sys.executable, "-m", "detinfer", "verify", str(golden), "--n-trials", "5000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as process:
+        found = ranks_of(process.pid, 3)
+        time.sleep(1)
+        os.kill(sorted(found)[-1] if victim == "rank" else process.pid, signal.SIGKILL)
+        _, said = process.communicate(timeout=240)
+    if victim == "rank":
+        assert process.returncode == 6
+        assert "was killed by SIGKILL" in said.decode()
+        assert "rank 2 of 3" in said.decode()
+    deadline = time.monotonic() + 240
+    while (left := [rank for rank in found if Path(f"/proc/{rank}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
