@@ -26,6 +26,9 @@ from detinfer.errors import EXIT_INFRASTRUCTURE, InfrastructureError, UsageError
 WAIT = 600.0
 """Seconds that a launched rank waits for the others: the launcher notices a dead one much sooner."""
 
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""The launcher takes these over while it runs, to end its ranks."""
+
 _ENDING = 10
 """Seconds that the other ranks get to end after one has failed, before they are killed."""
 
@@ -97,6 +100,7 @@ def launch(work: Callable[..., Any], size: int, *arguments: Any, preload: Sequen
     )
     # The ranks hold the other end: it closes when this process ends, however it does.
     alive, held = multiprocessing.get_context("forkserver").Pipe(duplex=False)
+    before = {number: signal.getsignal(number) for number in _HANDLED}
     try:
         found: dict[int, Any] = elastic_launch(config, _rank)(work, arguments, alive)
     except ChildFailedError as error:
@@ -114,6 +118,9 @@ def launch(work: Callable[..., Any], size: int, *arguments: Any, preload: Sequen
     finally:
         held.close()
         alive.close()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return found
 
 

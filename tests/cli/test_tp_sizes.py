@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from detinfer import cli
 
 
 @pytest.mark.parametrize(
@@ -26,19 +23,8 @@ def test_verify_passes(name: str, ranks: int, options: tuple[str, ...], tmp_path
     """Exit 0, all three verdicts same, every row that can be compared is; inputs that are not stored are recomputed."""
     golden, report = tmp_path / "golden", tmp_path / "result.json"
     size = ("--n-prompts", "2", "--length", "3", "--decode-steps", "1")
-    for words in (
-        ("record", f"builtin:{name}", "--tp", str(ranks), "-o", str(golden), *size, *options),
-        ("verify", str(golden), "--tp", str(ranks), "--n-trials", "2", "--json", str(report)),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "detinfer", *words],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    assert cli.run(["record", f"builtin:{name}", "--tp", str(ranks), "-o", str(golden), *size, *options]) == 0
+    assert cli.run(["verify", str(golden), "--tp", str(ranks), "--n-trials", "2", "--json", str(report)]) == 0
     result = json.loads(report.read_text())
     assert [result[part]["verdict"] for part in ("invariance", "golden")] == ["same", "same"]
     assert result["invariance"]["rows_compared"] == result["invariance"]["rows_possible"] > 100 * ranks

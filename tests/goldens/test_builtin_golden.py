@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from detinfer import cli
+
 HERE = Path(__file__).parent
 if str(HERE) not in sys.path:
     sys.path.append(str(HERE))
@@ -38,8 +40,9 @@ def test_it_is_made_of_portable_operations(ranks: int) -> None:
 
 def test_it_verifies(tmp_path: Path) -> None:
     """All three verdicts; ``--tp`` need not be given."""
-    code, said, result = verify(tmp_path / "result.json", ["-m", "detinfer"])
-    assert code == 0, said
+    report = tmp_path / "result.json"
+    assert cli.run(["verify", str(ROOT / GOLDEN), "--n-trials", "2", "--json", str(report)]) == 0
+    result = json.loads(report.read_text())
     assert [result[part]["verdict"] for part in ("invariance", "golden", "consistency")] == ["same"] * 3
 
 
