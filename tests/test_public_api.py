@@ -29,6 +29,7 @@ NAMES = {
     "explain",
 }
 OPTIONS = {
+    "bench collectives": {"--dtype", "--json", "--ranks", "--seconds", "--sizes"},
     "bench linear": {"--dtype", "--repeats", "--rows", "--threads"},
     "bench model": {"--dtype", "--repeats", "--threads"},
     "env": {"--json"},
@@ -46,6 +47,7 @@ OPTIONS = {
         "--reason",
         "--seed",
         "--tensors",
+        "--tp",
     },
     "verify": {
         "--batch-sizes",
@@ -57,6 +59,7 @@ OPTIONS = {
         "--only-trial",
         "--seed",
         "--target",
+        "--tp",
     },
 }
 

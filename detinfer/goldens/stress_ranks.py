@@ -7,11 +7,11 @@ import torch
 
 from detinfer import bits
 from detinfer.collectives import patterns
-from detinfer.collectives.proof import SUBJECT
 from detinfer.goldens.compare import compare
 from detinfer.goldens.result import Sensitivity
 from detinfer.goldens.stress import BATCH
 from detinfer.models.ranks import Ranks
+from detinfer.models.ranks_proof import SUBJECT
 from detinfer.ops.evidence import REFERENCE_NAME, from_bits
 
 

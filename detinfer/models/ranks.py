@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 
 from detinfer import bits
 from detinfer.collectives.communicator import Communicator
-from detinfer.collectives.proof import SUBJECT, prove
 from detinfer.errors import Diverged, RefusedError
+from detinfer.models.exchange import exchange
+from detinfer.models.ranks_proof import SUBJECT, prove
 from detinfer.policy.decide import MOVES
 from detinfer.policy.policy import Accepted, Proof
 from detinfer.policy.refusals import message
@@ -129,17 +129,7 @@ class Spread(Ranks):
 
     @bits.unseen
     def share(self, value: Any, first: bool = False) -> list[Any]:
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        lengths = self._communicator.all_gather(torch.tensor([len(data)]))
-        longest = int(lengths.max())
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(data)] = data
-        everyone = self._communicator.all_gather(padded).view(self.size, longest)
-        if first and self.rank > 0:
-            return []
-        return [
-            pickle.loads(row[:length].numpy().tobytes()) for row, length in zip(everyone, lengths.tolist(), strict=True)
-        ]
+        return exchange(self._communicator, value, first)
 
     @bits.unseen
     def settle(self) -> None:
