@@ -44,7 +44,10 @@ def main(arguments: list[str]) -> int:
         name = os.path.relpath(folder, CHECKOUT)
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         failures += not report(f"{name}: a reason is written", bool(manifest["reason"].strip()), 0.0, "it has none")
+        vectors = manifest.get("kind") == "vectors"  # csrc alone computes them: torch's settings are not in them
         for setting, variables in variants.items():
+            if vectors and setting in SETTINGS and variables:
+                continue
             failures += not report(
                 f"{name}: verify, {setting}", *detinfer(variables, "verify", name, "--n-trials", TRIALS)
             )

@@ -115,7 +115,7 @@ def test_a_missing_key_is_named() -> None:
 
 def test_the_page_on_goldens_names_every_field() -> None:
     page = (Path(__file__).parents[1] / "docs/concepts/goldens.md").read_text(encoding="utf-8")
-    listed = page[page.index("## What makes a golden stale") :]
+    listed = page[page.index("## What makes a golden stale") :].split("\n## ")[0]
     table = set(re.findall(r"`([a-z_]+)`", "".join(line for line in listed.splitlines() if line.startswith("| `"))))
     assert set(STALE_FIELDS) <= table <= set(STALE_FIELDS) | {name.lower() for name in environment.VARIABLES}
     rest = {field.name for field in fields(Environment)} - set(STALE_FIELDS)

@@ -18,7 +18,7 @@ def record(target: str, output: Path, reason: str, force: bool) -> None:
 
     operation = target.removeprefix(PREFIX)
     cases = make(operation)
-    command = options.command_line(("-o", "--output"))
+    command = options.command_line(("-o", "--output"), flags=("--force",))
     written = file.write(output, operation, cases, reason=reason, command=command, overwrite=force)
     size = sum(item.stat().st_size for item in written.iterdir())
     out = Console(highlight=False)
