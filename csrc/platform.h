@@ -45,3 +45,304 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, Body body, void* co
 int threads();
 
 }  // namespace detinfer
+
+// The rest is for GPU code, and nothing else in csrc knows CUDA from HIP.
+#ifndef DETINFER_MUTANT
+#define DETINFER_MUTANT 0  // tests build the GPU library with one fault each; tests/collectives/cuda_mutants.py
+#endif
+#if defined(__CUDACC__) || defined(__HIP__)
+#if defined(__HIP__)
+#include <hip/hip_runtime.h>
+#else
+#include <cuda_runtime.h>
+#endif
+
+// A kernel's parameter that is read where it lies, in constant memory, also where its address is taken.
+#if defined(__HIP__)
+#define DETINFER_PARAMETER const
+#else
+#define DETINFER_PARAMETER const __grid_constant__
+#endif
+
+namespace detinfer {
+namespace gpu {
+
+#if defined(__HIP__)
+using Stream = hipStream_t;
+using Code = hipError_t;
+static constexpr Code kNoError = hipSuccess;
+using Handle = hipIpcMemHandle_t;
+static inline const char* sentence_of(Code code) { return hipGetErrorString(code); }
+// Flags and staging are written by other GPUs while a kernel reads them: kept out of the caches.
+static inline Code allocate_shared(void** at, size_t bytes) {
+  return hipExtMallocWithFlags(at, bytes, hipDeviceMallocUncached);
+}
+static inline Code allocate(void** at, size_t bytes) { return hipMalloc(at, bytes); }
+static inline Code release(void* at) { return hipFree(at); }
+static inline Code fill(void* at, int byte, size_t bytes) { return hipMemset(at, byte, bytes); }
+static inline Code copy_in(void* to, const void* from, size_t bytes) {
+  return hipMemcpy(to, from, bytes, hipMemcpyHostToDevice);
+}
+static inline Code synchronize() { return hipDeviceSynchronize(); }
+static inline Code last_error() { return hipGetLastError(); }
+static inline Code allocate_mapped(void** at, size_t bytes) { return hipHostMalloc(at, bytes, hipHostMallocMapped); }
+static inline Code release_mapped(void* at) { return hipHostFree(at); }
+static inline Code device_address(void** device, void* host) { return hipHostGetDevicePointer(device, host, 0); }
+static inline Code handle_of(Handle* handle, void* at) { return hipIpcGetMemHandle(handle, at); }
+static inline Code open_handle(void** at, Handle handle) {
+  return hipIpcOpenMemHandle(at, handle, hipIpcMemLazyEnablePeerAccess);
+}
+static inline Code close_handle(void* at) { return hipIpcCloseMemHandle(at); }
+static inline Code can_reach(int* can, int device, int peer) { return hipDeviceCanAccessPeer(can, device, peer); }
+static inline Code processors(int* count) {
+  int device = 0;
+  const Code code = hipGetDevice(&device);
+  return code != kNoError ? code : hipDeviceGetAttribute(count, hipDeviceAttributeMultiprocessorCount, device);
+}
+template <class Kernel> static inline Code blocks_at_once(int* blocks, Kernel kernel, int threads, int shared_bytes) {
+  return hipOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, static_cast<size_t>(shared_bytes));
+}
+template <class Kernel> static inline Code load_kernel(Kernel kernel, int shared_bytes) {
+  hipFuncAttributes attributes;
+  (void)shared_bytes;
+  return hipFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+template <class... Parameters, class... Arguments>
+static inline Code launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, Stream stream,
+                          bool /*overlap*/, Arguments... arguments) {
+  kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
+  return hipGetLastError();
+}
+#else
+using Stream = cudaStream_t;
+using Code = cudaError_t;
+static constexpr Code kNoError = cudaSuccess;
+using Handle = cudaIpcMemHandle_t;
+static inline const char* sentence_of(Code code) { return cudaGetErrorString(code); }
+static inline Code allocate_shared(void** at, size_t bytes) { return cudaMalloc(at, bytes); }
+static inline Code allocate(void** at, size_t bytes) { return cudaMalloc(at, bytes); }
+static inline Code release(void* at) { return cudaFree(at); }
+static inline Code fill(void* at, int byte, size_t bytes) { return cudaMemset(at, byte, bytes); }
+static inline Code copy_in(void* to, const void* from, size_t bytes) {
+  return cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice);
+}
+static inline Code synchronize() { return cudaDeviceSynchronize(); }
+static inline Code last_error() { return cudaGetLastError(); }
+static inline Code allocate_mapped(void** at, size_t bytes) { return cudaHostAlloc(at, bytes, cudaHostAllocMapped); }
+static inline Code release_mapped(void* at) { return cudaFreeHost(at); }
+static inline Code device_address(void** device, void* host) { return cudaHostGetDevicePointer(device, host, 0); }
+static inline Code handle_of(Handle* handle, void* at) { return cudaIpcGetMemHandle(handle, at); }
+static inline Code open_handle(void** at, Handle handle) {
+  return cudaIpcOpenMemHandle(at, handle, cudaIpcMemLazyEnablePeerAccess);
+}
+static inline Code close_handle(void* at) { return cudaIpcCloseMemHandle(at); }
+static inline Code can_reach(int* can, int device, int peer) { return cudaDeviceCanAccessPeer(can, device, peer); }
+static inline Code processors(int* count) {
+  int device = 0;
+  const Code code = cudaGetDevice(&device);
+  return code != kNoError ? code : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+template <class Kernel> static inline Code blocks_at_once(int* blocks, Kernel kernel, int threads, int shared_bytes) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, static_cast<size_t>(shared_bytes));
+}
+// A kernel is loaded on its first use otherwise, and loading may wait for the device: a peer's kernel that spins there
+// would wait for this one.
+template <class Kernel> static inline Code load_kernel(Kernel kernel, int shared_bytes) {
+  cudaFuncAttributes attributes;
+  const Code code = cudaFuncGetAttributes(&attributes, kernel);
+  if (code != kNoError || shared_bytes == 0) return code;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+}
+// overlap: the kernel may be set up while the one before it on the stream still runs; it must begin with
+// wait_for_previous_kernel(), which holds it until that one is complete and its writes are visible.
+template <class... Parameters, class... Arguments>
+static inline Code launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, Stream stream,
+                          bool overlap, Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+#endif
+
+// --- Device side: memory shared between GPUs. docs/concepts/memory_ordering.md has the argument. ---
+
+// Two 64-bit words side by side; each is written and read whole, the pair is not.
+struct alignas(16) Words {
+  uint64_t low, high;
+};
+
+static __device__ __forceinline__ void store_relaxed(Words* at, Words value) {
+#if defined(__HIP__)
+  __hip_atomic_store(&at->low, value.low, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
+  __hip_atomic_store(&at->high, value.high, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
+#else
+  asm volatile("st.relaxed.sys.global.v2.b64 [%0], {%1, %2};" ::"l"(at), "l"(value.low), "l"(value.high) : "memory");
+#endif
+}
+
+static __device__ __forceinline__ Words load_relaxed(const Words* at) {
+  Words value;
+#if defined(__HIP__)
+  value.low = __hip_atomic_load(&at->low, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
+  value.high = __hip_atomic_load(&at->high, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
+#else
+  asm volatile("ld.relaxed.sys.global.v2.b64 {%0, %1}, [%2];" : "=l"(value.low), "=l"(value.high) : "l"(at) : "memory");
+#endif
+  return value;
+}
+
+// Everything that this thread did, and what it saw through a barrier of its block, comes before the flag.
+static __device__ __forceinline__ void store_release(uint64_t* at, uint64_t value) {
+#if DETINFER_MUTANT == 1  // the flag may overtake the data
+#if defined(__HIP__)
+  __hip_atomic_store(at, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
+#else
+  asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+#endif
+#elif defined(__HIP__)
+  __hip_atomic_store(at, value, __ATOMIC_RELEASE, __HIP_MEMORY_SCOPE_SYSTEM);
+#else
+  asm volatile("st.release.sys.global.b64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+#endif
+}
+
+// What came before the flag that is read comes before everything that follows.
+static __device__ __forceinline__ uint64_t load_acquire(const uint64_t* at) {
+#if defined(__HIP__)
+#if DETINFER_MUTANT == 2  // caches of other GPUs' memory are kept
+  return __hip_atomic_load(at, __ATOMIC_ACQUIRE, __HIP_MEMORY_SCOPE_AGENT);
+#else
+  return __hip_atomic_load(at, __ATOMIC_ACQUIRE, __HIP_MEMORY_SCOPE_SYSTEM);
+#endif
+#else
+  uint64_t value;
+#if DETINFER_MUTANT == 2
+  asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+#else
+  asm volatile("ld.acquire.sys.global.b64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+#endif
+  return value;
+#endif
+}
+
+// Called by every thread of a block after the barrier that follows the acquire of some of them. In PTX's model the
+// barrier passes the acquire on. AMD's caches know no such thing: each wave drops what it may hold.
+static __device__ __forceinline__ void acquire_for_all() {
+#if defined(__HIP__) && DETINFER_MUTANT != 3
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "");
+#endif
+}
+
+static __device__ __forceinline__ uint32_t load_flag(const uint32_t* at) {
+#if defined(__HIP__)
+  return __hip_atomic_load(at, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+#else
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+#endif
+}
+
+static __device__ __forceinline__ void fence_system() { __threadfence_system(); }
+
+// A clock in nanoseconds, coarse: for time limits.
+static __device__ __forceinline__ uint64_t now_ns() {
+#if defined(__HIP__)
+  return static_cast<uint64_t>(wall_clock64()) * 10;
+#else
+  uint64_t value;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
+  return value;
+#endif
+}
+
+// The next kernel on the stream may be set up from here on (launch's `overlap`); then: not before the one before is done.
+static __device__ __forceinline__ void wait_for_previous_kernel() {
+#if !defined(__HIP__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// --- Device side: lanes and conversions. ---
+
+// Exchange inside groups of 32 neighbouring threads.
+static __device__ __forceinline__ float from_lane_xor(float value, int mask) {
+#if defined(__HIP__)
+  return __shfl_xor(value, mask, 32);
+#else
+  return __shfl_xor_sync(0xffffffffu, value, mask, 32);
+#endif
+}
+
+// True where `here` holds for every thread of the warp or wave; all of them must call it.
+static __device__ __forceinline__ bool every_lane(bool here) {
+#if defined(__HIP__)
+  return __all(here) != 0;
+#else
+  return __all_sync(0xffffffffu, here) != 0;
+#endif
+}
+
+#if defined(__HIP__)
+static __device__ __forceinline__ uint32_t one_bfloat16(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+static __device__ __forceinline__ uint32_t one_float16(float value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  uint16_t bits;
+  __builtin_memcpy(&bits, &half, sizeof bits);
+  return value != value ? 0x7fffu : bits;
+}
+#endif
+
+// Two values rounded to nearest even, the first in the low half; NaN becomes the canonical NaN.
+static __device__ __forceinline__ uint32_t to_bfloat16(float low, float high) {
+#if defined(__HIP__)
+  return one_bfloat16(low) | one_bfloat16(high) << 16;
+#else
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#endif
+}
+
+static __device__ __forceinline__ uint32_t to_float16(float low, float high) {
+#if defined(__HIP__)
+  return one_float16(low) | one_float16(high) << 16;
+#else
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#endif
+}
+
+static __device__ __forceinline__ float from_float16(uint16_t bits) {
+#if defined(__HIP__)
+  _Float16 half;
+  __builtin_memcpy(&half, &bits, sizeof half);
+  return static_cast<float>(half);
+#else
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+#endif
+}
+
+static __device__ __forceinline__ uint32_t to_float32(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fffffffu : bits;
+}
+
+}  // namespace gpu
+}  // namespace detinfer
+#endif

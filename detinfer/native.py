@@ -27,6 +27,11 @@ ISA_VARIABLE = "DETINFER_CPU_ISA"
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """csrc's code of each storage dtype (csrc/platform.h)."""
 
+GPU_ABI = 1
+GPU_LIBRARY_VARIABLE = "DETINFER_GPU_LIBRARY"
+"""Path of the GPU library to load instead of the installed one: for developing csrc."""
+
+_GPU_FILE = "libdetinfer_gpu.so"
 _FILE = {"darwin": "libdetinfer_cpu.dylib", "win32": "detinfer_cpu.dll"}.get(sys.platform, "libdetinfer_cpu.so")
 
 
@@ -179,3 +184,35 @@ def hold_isa(level: str) -> Iterator[None]:
         yield
     finally:
         _select(library(), before)
+
+
+@functools.cache
+def _open_gpu() -> tuple[ctypes.CDLL | None, Loaded | NotLoaded]:
+    chosen = os.environ.get(GPU_LIBRARY_VARIABLE)
+    tried = [Path(chosen)] if chosen else [Path(place) / "lib" / _GPU_FILE for place in detinfer.__path__]
+    path = next((p for p in tried if p.is_file()), None)
+    if path is None:
+        places = ", ".join(str(p) for p in tried)
+        return None, NotLoaded(f"{_GPU_FILE} is in none of {places}: install detinfer where nvcc is on the PATH")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, NotLoaded(f"{path} does not load: {error}")
+    if (found := library.detinfer_gpu_abi()) != GPU_ABI:
+        return None, NotLoaded(f"{path} has ABI {found}, this detinfer needs {GPU_ABI}: reinstall detinfer")
+    library.detinfer_gpu_error.restype = ctypes.c_char_p
+    return library, Loaded(path, ("cuda",))
+
+
+def load_gpu() -> Loaded | NotLoaded:
+    """The GPU library's state, as a value with a reason; loads it on the first call. It needs no GPU to load."""
+    return _open_gpu()[1]
+
+
+def gpu_library() -> ctypes.CDLL:
+    """The loaded GPU library, or NativeError with the reason."""
+    handle, state = _open_gpu()
+    if handle is None:
+        assert isinstance(state, NotLoaded)
+        raise NativeError(state.reason)
+    return handle

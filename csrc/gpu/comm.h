@@ -1,0 +1,99 @@
+// Host side of a communicator: its memory, its geometry, and what the exported functions share.
+#pragma once
+
+#include "../communicator_gpu.h"
+#include "packets.h"
+#include "rms_norm.h"
+#include "two_shot.h"
+
+namespace detinfer {
+namespace gpu {
+
+static constexpr int kMostChannels = 1024;
+
+// Device memory of one rank that no other rank sees.
+struct State {
+  uint32_t push[kMostChannels], tiles[kMostChannels], parts[kMostChannels], sums[kMostChannels];
+  uint32_t failed;
+};
+
+struct Regions {
+  Packets packets;
+  Ring tiles, parts, sums;
+  uint64_t bytes;
+};
+Regions regions_of(const GpuConfig& config);
+
+struct Comm {
+  GpuConfig config;
+  Regions regions;
+  char* buffer[kMostRanks];
+  State* state;
+  Fault* fault;         // in host memory
+  Fault* fault_device;  // the same, as the device sees it
+};
+
+int refuse(Status status, const char* format, ...) __attribute__((format(printf, 2, 3)));
+int checked(Code code, const char* doing);
+
+// Loads a kernel. Its blocks wait for other ranks' blocks, so all `channels` of them have to fit on the device together.
+template <class Kernel> static inline int ready(Kernel kernel, int channels, int threads, int shared_bytes, const char* name) {
+  int blocks = 0, count = 0;
+  if (const int status = checked(load_kernel(kernel, shared_bytes), name)) return status;
+  if (const int status = checked(processors(&count), name)) return status;
+  if (const int status = checked(blocks_at_once(&blocks, kernel, threads, shared_bytes), name)) return status;
+  if (blocks * count >= channels) return kOk;
+  return refuse(kNotSupported, "%s: %d blocks of %d threads do not fit on the device together, %d do: take fewer channels",
+                name, channels, threads, blocks * count);
+}
+
+Link link_of(const Comm& comm, uint32_t* counters, const GpuCall& call);
+
+static inline bool aligned_to(const void* at, uint64_t bytes) { return reinterpret_cast<uintptr_t>(at) % bytes == 0; }
+static inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t clamped(int64_t value, int64_t least, int64_t most) {
+  return value < least ? least : value > most ? most : value;
+}
+
+// body(integral constant N), N the number of ranks.
+template <int N> struct Ranks {
+  static constexpr int value = N;
+};
+template <class Body> static inline int with_ranks(int ranks, const Body& body) {
+  switch (ranks) {
+    case 2: return body(Ranks<2>{});
+#ifndef DETINFER_TWO_RANKS_ONLY  // a build in a seventh of the time, while kernels are being written
+    case 3: return body(Ranks<3>{});
+    case 4: return body(Ranks<4>{});
+    case 5: return body(Ranks<5>{});
+    case 6: return body(Ranks<6>{});
+    case 7: return body(Ranks<7>{});
+    case 8: return body(Ranks<8>{});
+#endif
+  }
+  return refuse(kBadArgument, "%d ranks: 2 to 8 are supported", ranks);
+}
+template <class Body> static inline int with_dtype(int dtype, const Body& body) {
+  switch (dtype) {
+    case kFloat32: return body(Float32{});
+    case kBFloat16: return body(BFloat16{});
+    case kFloat16: return body(Float16{});
+  }
+  return refuse(kNotSupported, "dtype code %d has no kernel", dtype);
+}
+
+// Each loads its kernels when call is null, else runs one.
+int all_reduce(const Comm& comm, const GpuCall* call, Stream stream);
+int reduce_scatter(const Comm& comm, const GpuCall* call, Stream stream);
+int all_gather(const Comm& comm, const GpuCall* call, Stream stream);
+int all_reduce_rms_norm(const Comm& comm, const GpuCall* call, Stream stream);
+
+// The shape of a push of `bytes` from each rank to each; also says whether it fits.
+struct PushShape {
+  int blocks, threads, per_channel;
+  bool fits;
+};
+PushShape push_shape(const Comm& comm, int64_t bytes);
+
+}  // namespace gpu
+}  // namespace detinfer

@@ -1,0 +1,429 @@
+"""Ranks that are GPUs of one host: connect, and the collectives as methods.
+
+Each rank has a shared buffer that the others map. A collective is one kernel on the current stream (all_reduce_rms_norm
+of many rows: two): it allocates nothing but its result and never waits on the host, so it may be captured in a CUDA
+graph and replayed. What is released and acquired is in docs/concepts/memory_ordering.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from detinfer import native
+from detinfer.collectives import cuda_native as gpu
+from detinfer.collectives.calls import MODES, OPS, ORDERS, WEIGHT_MODES, Order, ReduceOp
+from detinfer.collectives.cuda_paths import Paths, default_paths
+from detinfer.errors import InfrastructureError, PeerError, RankMismatch, UsageError
+from detinfer.reference.rows import ResidualMode, WeightMode
+
+MOST_RANKS = 8
+PIECE = 1 << 36
+"""Bytes of a call at most: offsets are 64-bit, this is a bound on nonsense."""
+
+
+class CudaCommunicator:
+    """One rank's side of a group of GPUs. Every collective is called by all ranks, in one order, with one set of arguments.
+
+    A collective returns at once with a tensor that the current stream will have written; ``out`` may be given, and may
+    be the input. Bits are those of ``detinfer/reference`` on every rank and every path. Calls on one communicator
+    follow one another on one stream, or on several that wait for each other; communicators are independent.
+
+    What goes wrong on the device shows on the host at the next call, or in ``check()``: PeerError where a rank did not
+    arrive within ``timeout`` seconds, RankMismatch where it made another call. Outputs that would have held such data
+    hold NaN (bytes of ones), and the communicator is of no further use: close it on all ranks and connect again.
+    """
+
+    def __init__(
+        self, comm: int, config: gpu.Config, device: torch.device, paths: Paths, opened: Sequence[int], own: int
+    ):
+        """``connect`` makes communicators."""
+        self.rank, self.size, self.device = config.rank, config.ranks, device
+        self.timeout = config.time_limit_s
+        self.paths = paths
+        self._comm, self._opened, self._own = comm, tuple(opened), own
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._index = device.index
+        self._calls: dict[tuple[object, ...], tuple[gpu.Call, Any]] = {}
+        self._launch = gpu.library().detinfer_gpu_call
+        self._rows = config.push_channels, config.push_bytes
+
+    def all_reduce(
+        self,
+        tensor: torch.Tensor,
+        *,
+        op: ReduceOp = "sum",
+        order: Order = "rank_order",
+        path: str | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The ranks' tensors reduced element by element; see ``Communicator.all_reduce``.
+
+        float32, bfloat16 and float16, any shape. A tensor that is not contiguous is copied first. ``path`` is one of
+        push, push_tiles, pull and two_shot; None: the fastest for the size.
+        """
+        if tensor.get_device() != self._index:
+            self._here("all_reduce", tensor)
+        given = tensor if tensor.is_contiguous() else tensor.contiguous()
+        written = torch.empty_like(given) if out is None else self._result("all_reduce", tensor, out)
+        if path is None:
+            path = self.paths.of("all_reduce", given.nbytes)
+        self._run("all_reduce", path, given, written, given.numel(), given.dtype, op, order)
+        if out is not None and written is not out:
+            out.copy_(written)
+        return written if out is None else out
+
+    def reduce_scatter(
+        self,
+        tensor: torch.Tensor,
+        *,
+        dim: int = 0,
+        op: ReduceOp = "sum",
+        order: Order = "rank_order",
+        path: str | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """This rank's slice of ``all_reduce``: slice ``rank`` of N equal ones along ``dim``. Paths: push, two_shot."""
+        where = "reduce_scatter"
+        self._here(where, tensor)
+        dim = _dimension(where, tensor, dim)
+        if tensor.shape[dim] % self.size:
+            raise UsageError(f"{where}: dimension {dim} of size {tensor.shape[dim]} has no {self.size} equal slices")
+        given = tensor.movedim(dim, 0).contiguous()
+        shape = [given.shape[0] // self.size, *given.shape[1:]]
+        direct = out is not None and dim == 0 and out.is_contiguous() and list(out.shape) == shape
+        written = out if direct and out is not None else torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        if written.dtype != tensor.dtype or written.device != tensor.device:
+            raise UsageError(f"{where}: out is {written.dtype} on {written.device}, the tensor {tensor.dtype}")
+        count = written.numel()
+        nbytes = count * given.element_size()
+        self._run(where, path or self.paths.of(where, nbytes), given, written, count, given.dtype, op, order)
+        if direct:
+            return written
+        result = written.movedim(0, dim)
+        return result.contiguous() if out is None else out.copy_(result)
+
+    def all_gather(
+        self, tensor: torch.Tensor, *, dim: int = 0, path: str | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The ranks' tensors one after the other along ``dim``: a copy of bytes, of any dtype. Paths: push, push_tiles."""
+        where = "all_gather"
+        self._here(where, tensor, out)
+        dim = _dimension(where, tensor, dim)
+        given = tensor.resolve_conj().resolve_neg().contiguous()
+        shape = list(given.shape)
+        shape[dim] *= self.size
+        if out is None:
+            out = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        elif list(out.shape) != shape or out.dtype != tensor.dtype or not out.is_contiguous():
+            raise UsageError(
+                f"{where}: out is {out.dtype} {list(out.shape)}; it has to be contiguous {tensor.dtype} {shape}"
+            )
+        nbytes = given.numel() * given.element_size()
+        inner = nbytes
+        for size in given.shape[:dim]:
+            inner = inner // size if size else 0
+        self._run(where, path or self.paths.of(where, nbytes), given, out, nbytes, None, "sum", "rank_order", inner)
+        return out
+
+    def all_reduce_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        *,
+        mode: ResidualMode = "R",
+        weight_mode: WeightMode = "llama",
+        order: Order = "rank_order",
+        path: str | None = None,
+        out: torch.Tensor | None = None,
+        residual_out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm, residual_out): ``all_reduce(x)``, then add + RMSNorm over the last dimension, bit for bit.
+
+        See ``Communicator.all_reduce_rms_norm`` for the modes. The last dimension is a multiple of 8 up to 16384.
+        ``residual_out`` may be ``residual``, ``out`` may be ``x``. Path push is one kernel; any other path of
+        ``all_reduce`` is followed by a kernel for the norm.
+        """
+        where = "all_reduce_rms_norm"
+        self._here(where, x, residual, weight, residual_out)
+        if mode not in MODES or weight_mode not in WEIGHT_MODES:
+            raise UsageError(
+                f"{where}: mode {mode!r} is R or U, weight_mode {weight_mode!r} one of {list(WEIGHT_MODES)}"
+            )
+        if residual.shape != x.shape or residual.dtype != x.dtype or x.dim() == 0:
+            raise UsageError(
+                f"{where}: residual is {residual.dtype} {list(residual.shape)}, x {x.dtype} {list(x.shape)}"
+            )
+        n = x.shape[-1]
+        if n % 8 or not 8 <= n <= 16384:
+            raise UsageError(f"{where}: rows of {n} elements; a multiple of 8 up to 16384 is supported")
+        if weight is not None and (weight.numel() != n or weight.dtype not in (x.dtype, torch.float32)):
+            raise UsageError(
+                f"{where}: weight is {weight.dtype} of {weight.numel()} elements; it has to be {x.dtype} or float32 of {n}"
+            )
+        given, added = _aligned(x), _aligned(residual)
+        factor = None if weight is None else _aligned(weight)
+        norm, total = self._result(where, x, out, 16), self._result(where, x, residual_out, 16)
+        if path is None:
+            path = self.paths.of(where, given.nbytes)
+            rows = -(-(given.numel() // n) // self._rows[0])
+            if path == "push" and rows * n * given.element_size() > self._rows[1]:
+                path = "push_tiles"
+        options = (MODES[mode], WEIGHT_MODES[weight_mode], float(eps), None if factor is None else factor.dtype)
+        self._run(where, path, given, norm, given.numel(), x.dtype, "sum", order, n, options, (added, total, factor))
+        if out is not None and norm is not out:
+            norm = out.copy_(norm)
+        if residual_out is not None and total is not residual_out:
+            total = residual_out.copy_(total)
+        return norm, total
+
+    def _here(self, where: str, *tensors: torch.Tensor | None) -> None:
+        for tensor in tensors:
+            if tensor is not None and tensor.device != self.device:
+                raise UsageError(
+                    f"{where}: a tensor is on {tensor.device}; the communicator of rank {self.rank} on {self.device}"
+                )
+
+    def _result(self, where: str, tensor: torch.Tensor, out: torch.Tensor | None, alignment: int = 1) -> torch.Tensor:
+        if out is None:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if out.shape != tensor.shape or out.dtype != tensor.dtype or out.device != tensor.device:
+            raise UsageError(
+                f"{where}: out is {out.dtype} {list(out.shape)} on {out.device}; it has to be like the tensor"
+            )
+        apart = abs(tensor.data_ptr() - out.data_ptr())
+        if not out.is_contiguous() or out.data_ptr() % alignment or 0 < apart < tensor.numel() * tensor.element_size():
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return out
+
+    def _run(
+        self,
+        where: str,
+        path: str,
+        given: torch.Tensor,
+        out: torch.Tensor,
+        count: int,
+        dtype: torch.dtype | None,
+        op: str,
+        order: str,
+        inner: int = 0,
+        options: tuple[int, int, float, torch.dtype | None] | None = None,
+        more: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
+    ) -> None:
+        with self._lock:
+            key = (where, path, dtype, op, order, options)
+            found = self._calls.get(key)
+            if found is None:
+                found = self._calls[key] = self._prepared(*key)
+            if not self._comm:
+                raise UsageError(f"{where}: the communicator of rank {self.rank} is closed; connect again")
+            call, pointer = found
+            call.count, call.inner, call.in_, call.out = count, inner, given.data_ptr(), out.data_ptr()
+            if more is not None:
+                call.residual, call.residual_out = more[0].data_ptr(), more[1].data_ptr()
+                call.weight = None if more[2] is None else more[2].data_ptr()
+            if self._launch(self._comm, pointer, gpu.stream_of(self._index)) != 0:
+                self._raise_fault()
+                gpu.check(1)
+
+    def _prepared(
+        self,
+        where: str,
+        path: str,
+        dtype: torch.dtype | None,
+        op: str,
+        order: str,
+        options: tuple[int, int, float, torch.dtype | None] | None,
+    ) -> tuple[gpu.Call, Any]:
+        if op not in OPS or order not in ORDERS:
+            raise UsageError(
+                f"{where}: op {op!r} is one of {', '.join(OPS)}, order {order!r} one of {', '.join(ORDERS)}"
+            )
+        if path not in gpu.PATHS:
+            raise UsageError(f"{where}: path {path!r} is one of {', '.join(gpu.PATHS)}")
+        call = gpu.Call(collective=gpu.COLLECTIVES[where], path=gpu.PATHS[path], op=OPS[op], order=ORDERS[order])
+        call.dtype = 0 if dtype is None else native.dtype_code(dtype, where)
+        if options is not None:
+            call.residual_mode, call.weight_mode, call.eps, weight = options
+            call.weight_dtype = -1 if weight is None else native.DTYPES[weight]
+        return call, ctypes.byref(call)
+
+    def check(self) -> None:
+        """Raise what has failed on the device so far; does not wait for what is still running."""
+        with self._lock:
+            if self._comm:
+                self._raise_fault()
+
+    def _raise_fault(self) -> None:
+        fault = gpu.fault_of(self._comm)
+        if fault.code == 0:
+            return
+        call = f"{gpu.describe(fault)} (exchange {fault.sequence} of channel {fault.channel})"
+        after = "its outputs hold NaN; close the communicator on all ranks and connect again"
+        if gpu.FAULTS[fault.code] == "timeout":
+            raise PeerError(
+                f"rank {self.rank} waited {self.timeout:g} s for rank {fault.peer} in {call}: that rank died, is stuck "
+                f"or made another call; {after}"
+            )
+        raise RankMismatch(f"rank {fault.peer} made another call than rank {self.rank}, which was in {call}; {after}")
+
+    def close(self) -> None:
+        """Wait for this rank's kernels and free its memory; on all ranks. May be called twice."""
+        with self._lock:
+            if not self._comm or os.getpid() != self._pid:
+                return
+            comm, self._comm = self._comm, 0
+            with torch.cuda.device(self.device):
+                torch.cuda.synchronize()
+                gpu.check(gpu.library().detinfer_gpu_destroy(comm))
+                for address in self._opened:
+                    gpu.close_handle(address)
+                if self._own:
+                    gpu.free_buffer(self._own)
+
+    def __enter__(self) -> CudaCommunicator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, from a multiple of 16 bytes on: the tensor itself, or a copy."""
+    dense = tensor.contiguous()
+    return dense.clone() if dense.data_ptr() % 16 else dense
+
+
+def _dimension(where: str, tensor: torch.Tensor, dim: int) -> int:
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise UsageError(f"{where}: there is no dimension {dim} in a tensor of shape {list(tensor.shape)}")
+    return dim % tensor.dim()
+
+
+def connect(
+    group: dist.ProcessGroup | None = None,
+    *,
+    device: torch.device | str | int | None = None,
+    timeout: float = 60.0,
+    geometry: gpu.Geometry | None = None,
+    paths: Paths | None = None,
+) -> CudaCommunicator:
+    """Join the ranks of ``group`` (None: torch.distributed's default group), one GPU each, which all call this together.
+
+    ``device`` is this rank's GPU (None: the current one). ``timeout``, in seconds, bounds every wait on the device.
+    ``geometry`` and ``paths``, the same on all ranks, say how the work is cut and which path runs: speed, never bits.
+    Kernels are loaded before this returns, on all ranks. Raises UsageError where the ranks are not 2 to 8 processes of
+    one host with GPUs that reach each other, NativeError where the GPU library or a CUDA call fails.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise UsageError("connect: torch.distributed is not initialized; do that first")
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if not 2 <= size <= MOST_RANKS:
+        raise UsageError(f"connect: {size} ranks; there can be 2 to {MOST_RANKS} GPUs")
+    where = torch.device("cuda", torch.cuda.current_device()) if device is None else _device(device)
+    geometry = geometry or gpu.default_geometry(size)
+    paths = paths or default_paths(size)
+    config = geometry.config(rank, size, timeout)
+    with torch.cuda.device(where):
+        own = gpu.create_buffer(config)
+        mine = {
+            "host": _host(),
+            "gpu": str(torch.cuda.get_device_properties(where).uuid),
+            "geometry": repr((geometry, paths)),
+            "handle": gpu.handle_of(own),
+        }
+        everyone: list[Any] = [None] * size
+        dist.all_gather_object(everyone, mine, group=group)
+        opened: list[int] = []
+        try:
+            _agree(rank, where.index, everyone)
+            buffers = [own] * size
+            for peer in range(size):
+                if peer != rank:
+                    buffers[peer] = gpu.open_handle(everyone[peer]["handle"])
+                    opened.append(buffers[peer])
+            comm = gpu.create(config, buffers)
+            problem = None
+        except Exception as error:
+            problem = error
+        told: list[Any] = [None] * size  # also: nobody calls before all have loaded their kernels
+        dist.all_gather_object(told, None if problem is None else f"rank {rank}: {problem}", group=group)
+        if any(told):
+            for address in opened:
+                gpu.close_handle(address)
+            gpu.free_buffer(own)
+            if problem is not None:
+                raise problem
+            raise InfrastructureError("connect: " + "; ".join(text for text in told if text))
+    return CudaCommunicator(comm, config, where, paths, opened, own)
+
+
+def connect_here(
+    size: int,
+    device: torch.device | str | int,
+    *,
+    timeout: float = 60.0,
+    geometry: gpu.Geometry | None = None,
+    paths: Paths | None = None,
+    first_sequence: int = 0,
+) -> list[CudaCommunicator]:
+    """``size`` ranks on one GPU in this process, for tests and for trying things out: call each on a stream of its own.
+
+    The ranks' kernels wait for each other, so all of their blocks have to fit on the GPU together: give a small
+    ``geometry``; and set ``CUDA_DEVICE_MAX_CONNECTIONS`` to ``size`` or more before CUDA starts.
+    """
+    if not 2 <= size <= MOST_RANKS:
+        raise UsageError(f"connect_here: {size} ranks; there can be 2 to {MOST_RANKS}")
+    where = _device(device)
+    geometry = geometry or gpu.Geometry(push_channels=16, tile_channels=8, overlap=False)
+    with torch.cuda.device(where):
+        configs = [geometry.config(rank, size, timeout, first_sequence) for rank in range(size)]
+        buffers = [gpu.create_buffer(config) for config in configs]
+        comms = [gpu.create(config, buffers) for config in configs]
+    chosen = paths or default_paths(size)
+    return [
+        CudaCommunicator(comm, config, where, chosen, (), own)
+        for comm, config, own in zip(comms, configs, buffers, strict=True)
+    ]
+
+
+def _device(device: torch.device | str | int) -> torch.device:
+    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if found.type != "cuda":
+        raise UsageError(f"connect: {found} is no GPU")
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+
+
+def _agree(rank: int, device: int, everyone: Sequence[dict[str, Any]]) -> None:
+    mine = everyone[rank]
+    visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    for peer, theirs in enumerate(everyone):
+        if theirs["host"] != mine["host"]:
+            raise UsageError(
+                f"connect: rank {peer} is on host {theirs['host']}, rank {rank} on {mine['host']}; one host is needed"
+            )
+        if theirs["geometry"] != mine["geometry"]:
+            raise UsageError(
+                f"connect: rank {peer} has geometry or paths {theirs['geometry']}, rank {rank} {mine['geometry']}"
+            )
+        index = visible.get(theirs["gpu"])
+        if peer != rank and index is not None and index != device and not gpu.can_reach(device, index):
+            raise UsageError(f"connect: the GPU of rank {rank} cannot reach that of rank {peer} (no peer access)")
+
+
+def _host() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{socket.gethostname()} {file.read().strip()}"
