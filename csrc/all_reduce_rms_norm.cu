@@ -106,11 +106,11 @@ __global__ void __launch_bounds__(RowNorm<T, kMost, false>::kThreads, 1)
 }
 
 // The same of rows that are reduced already.
-template <class T>
-__global__ void __launch_bounds__(RowNorm<T, kMostHidden, true>::kThreads, 1) rms_norm(const char* in, DETINFER_PARAMETER NormArgs args) {
+template <class T, int kMost>
+__global__ void __launch_bounds__(RowNorm<T, kMost, true>::kThreads, 1) rms_norm(const char* in, DETINFER_PARAMETER NormArgs args) {
   __shared__ alignas(16) float lanes[kRowLanes];
   wait_for_previous_kernel();
-  RowNorm<T, kMostHidden, true> norm(args, lanes);
+  RowNorm<T, kMost, true> norm(args, lanes);
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
     norm.load_residual(row);
 #pragma unroll
@@ -154,7 +154,9 @@ int load_all(const Comm& comm) {
         constexpr int N = decltype(ranks)::value;
         if (const int status = load<T, N, kMostFused / 2>(comm)) return status;
         if (const int status = load<T, N, kMostFused>(comm)) return status;
-        return checked(load_kernel(rms_norm<T>, 0), "loading rms_norm");
+        for (auto kernel : {rms_norm<T, kMostFused / 2>, rms_norm<T, kMostFused>, rms_norm<T, kMostHidden>})
+          if (const int status = checked(load_kernel(kernel, 0), "loading rms_norm")) return status;
+        return static_cast<int>(kOk);
       });
     });
     if (status != kOk) return status;
@@ -207,8 +209,11 @@ int all_reduce_rms_norm(const Comm& comm, const GpuCall* call, Stream stream) {
       });
     // The sum lands in `out`; the norm is done there, row by row, each read whole before it is written.
     if (const int failed = all_reduce(comm, call, stream)) return failed;
-    const int64_t blocks = clamped(args.rows, 1, 2 * 132);
-    return checked(launch(rms_norm<T>, static_cast<int>(blocks), RowNorm<T, kMostHidden, true>::kThreads, 0, stream,
+    const int64_t blocks = clamped(args.rows, 1, 1 << 20);  // these wait for nobody
+    const auto kernel = args.hidden <= kMostFused / 2 ? rms_norm<T, kMostFused / 2>
+                        : args.hidden <= kMostFused   ? rms_norm<T, kMostFused>
+                                                      : rms_norm<T, kMostHidden>;
+    return checked(launch(kernel, static_cast<int>(blocks), RowNorm<T, kMostHidden, true>::kThreads, 0, stream,
                           config.overlap != 0, static_cast<const char*>(call->out), args),
                    "launching rms_norm");
   });

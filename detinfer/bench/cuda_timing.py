@@ -41,7 +41,7 @@ def replayed(call: Callable[[], Any], calls: int, replays: int, warm: int) -> Ti
 
     A sample is a replay's time over ``calls``. Replays follow one another without a word to the host.
     """
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -76,7 +76,7 @@ def _between(call: Callable[[], Any], count: int, warm: int) -> list[float]:
         call()
     torch.cuda.synchronize()
     dist.barrier()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
     events[0].record()
     for event in events[1:]:
         call()

@@ -97,3 +97,19 @@ def collectives(ranks: str, sizes: str, names: tuple[str, ...], seconds: float, 
     shown.print(benchmark.table(found))
     if path is not None:
         path.write_text(json.dumps(benchmark.to_json(found), indent=1) + "\n")
+
+
+@bench.command("collectives-cuda")
+@click.option("--ranks", default=2, show_default=True, help="GPUs, one process each.")
+@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there too.")
+def collectives_cuda(ranks: int, path: Path | None) -> None:
+    """Collectives between this machine's GPUs against NCCL and torch's symmetric memory, in CUDA graphs and eager."""
+    from detinfer.bench import collectives_cuda as benchmark
+
+    found = benchmark.run(ranks)
+    shown = Console()
+    shown.width = max(shown.width, 140)
+    for table in benchmark.tables(found):
+        shown.print(table)
+    if path is not None:
+        benchmark.write(found, path)

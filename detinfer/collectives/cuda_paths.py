@@ -69,18 +69,19 @@ def read(path: Path) -> Paths:
 
 
 def default_paths(ranks: int) -> Paths:
-    """What ships: for two ranks measured on two H200, for more taken from the model of docs/ops/collectives_cuda.md."""
-    kib = 1024
+    """What ships: for two ranks measured on two H200, for more a guess that nothing has measured."""
+    kib, mib = 1 << 10, 1 << 20
     if ranks == 2:
-        push, one_shot = 256 * kib, "push_tiles"
-        all_reduce = {"up_to": [[push, "push"]], "above": one_shot}
+        push = 512 * kib
+        all_reduce = {"up_to": [[push, "push"], [4 * mib, "push_tiles"], [64 * mib, "two_shot"]], "above": "push_tiles"}
+        norm = {"up_to": [[push, "push"], [2 * mib, "push_tiles"], [64 * mib, "two_shot"]], "above": "push_tiles"}
     else:
         push, middle = (128 * kib, 512 * kib) if ranks <= 4 else (64 * kib, 128 * kib)
-        all_reduce = {"up_to": [[push, "push"], [middle, "push_tiles"]], "above": "two_shot"}
+        all_reduce = norm = {"up_to": [[push, "push"], [middle, "push_tiles"]], "above": "two_shot"}
     return make(
         {
             "all_reduce": all_reduce,
-            "all_reduce_rms_norm": all_reduce,
+            "all_reduce_rms_norm": norm,
             "reduce_scatter": {"up_to": [[push, "push"]], "above": "two_shot"},
             "all_gather": {"up_to": [[push, "push"]], "above": "push_tiles"},
         }
