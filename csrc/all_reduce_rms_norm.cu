@@ -6,7 +6,7 @@ namespace gpu {
 namespace {
 
 // How many packets of a thread are waited for at a time: as many as the registers hold.
-template <class T, int N> constexpr int kAtATime = (N <= 4 ? 2 : 1) * T::kPerWord;
+template <class T, int N> constexpr int kAtATime = (N == 2 ? 4 : N <= 4 ? 2 : 1) * T::kPerWord;
 
 // A block takes the rows blockIdx.x, blockIdx.x + gridDim.x, ...
 template <class T, int N, int kMost>
@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(RowNorm<T, kMost, false>::kThreads, 1)
     push_rms_norm(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Packets packets, const char* in,
                   DETINFER_PARAMETER NormArgs args) {
   using Norm = RowNorm<T, kMost, false>;
-  constexpr int U = kAtATime<T, N>, kThreads = Norm::kThreads;
+  constexpr int U = kAtATime<T, N> < Norm::kHold ? kAtATime<T, N> : Norm::kHold, kThreads = Norm::kThreads;
   __shared__ alignas(16) float lanes[kRowLanes];
   wait_for_previous_kernel();
   PacketChannel<N> channel(link, packets);
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(RowNorm<T, kMost, false>::kThreads, 1)
     tile_rms_norm(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Ring ring, const char* in,
                   DETINFER_PARAMETER NormArgs args) {
   using Norm = RowNorm<T, kMost, false>;
-  constexpr int U = kAtATime<T, N>;
+  constexpr int U = kAtATime<T, N> < Norm::kHold ? kAtATime<T, N> : Norm::kHold;
   __shared__ alignas(16) float lanes[kRowLanes];
   wait_for_previous_kernel();
   const TileChannel<N> channel(link, ring);
@@ -213,8 +213,9 @@ int all_reduce_rms_norm(const Comm& comm, const GpuCall* call, Stream stream) {
     const auto kernel = args.hidden <= kMostFused / 2 ? rms_norm<T, kMostFused / 2>
                         : args.hidden <= kMostFused   ? rms_norm<T, kMostFused>
                                                       : rms_norm<T, kMostHidden>;
-    return checked(launch(kernel, static_cast<int>(blocks), RowNorm<T, kMostHidden, true>::kThreads, 0, stream,
-                          config.overlap != 0, static_cast<const char*>(call->out), args),
+    // Not set up early: its blocks would take the room of kernels that others wait for.
+    return checked(launch(kernel, static_cast<int>(blocks), RowNorm<T, kMostHidden, true>::kThreads, 0, stream, false,
+                          static_cast<const char*>(call->out), args),
                    "launching rms_norm");
   });
 }

@@ -37,10 +37,14 @@ template <class T, int kMost, bool kWide> class RowNorm {
   // All threads of a block of kThreads call every function, once a row, in this order. lanes: in shared memory.
   __device__ RowNorm(const NormArgs& args, float (&lanes)[kRowLanes])
       : args_(args), lanes_(lanes), packets_(args.hidden / kElements) {
-    if (args.weight == nullptr || (kWide && args.weight_fp32 && T::kPerWord != 1)) return;
+    const float ones[2] = {1.0f, 1.0f};
+    const uint32_t one = T::put(reinterpret_cast<const float(&)[T::kPerWord]>(ones));
+    const bool given = args.weight != nullptr && !(kWide && args.weight_fp32 && T::kPerWord != 1);
 #pragma unroll
-    for (int k = 0; k < kHold; k++)
-      if (has(k)) weight_[k] = load_packet(args.weight + packet(k) * 8);
+    for (int k = 0; k < kHold; k++) {
+      weight_[k] = Pack<2>{{one, one}};  // without a weight: a product with 1 changes nothing
+      if (given && has(k)) weight_[k] = load_packet(args.weight + packet(k) * 8);
+    }
   }
   __device__ __forceinline__ int packet(int k) const { return static_cast<int>(threadIdx.x) + k * kThreads; }
   __device__ __forceinline__ bool has(int k) const { return packet(k) < packets_; }
@@ -109,18 +113,11 @@ template <class T, int kMost, bool kWide> class RowNorm {
     return inverse_root(total, args_.hidden, args_.eps);
   }
 
-  // Stores the normalised row.
+  // Stores the normalised row. One stream of instructions for every weight mode of order.h: the code is run once, and
+  // fetching it costs more than the selects.
   __device__ __forceinline__ void put(int64_t row, float r, bool good) const {
-    if (args_.weight == nullptr) put_as<kNoWeight>(row, r, good);
-    else if (args_.weight_mode == kLlama) put_as<kLlama>(row, r, good);
-    else if (args_.weight_mode == kGemma) put_as<kGemma>(row, r, good);
-    else put_as<kFp32Weight>(row, r, good);
-  }
-
- private:
-  static constexpr int kNoWeight = -1;
-
-  template <int kMode> __device__ __forceinline__ void put_as(int64_t row, float r, bool good) const {
+    const bool llama = args_.weight != nullptr && args_.weight_mode == kLlama;
+    const bool gemma = args_.weight != nullptr && args_.weight_mode == kGemma;
 #pragma unroll
     for (int k = 0; k < kHold; k++) {
       if (!has(k)) continue;
@@ -130,18 +127,19 @@ template <class T, int kMost, bool kWide> class RowNorm {
         float v[T::kPerWord];
 #pragma unroll
         for (int i = 0; i < T::kPerWord; i++) {
-          const float h = h_[k][w * T::kPerWord + i];
-          if constexpr (kMode == kNoWeight) v[i] = mul_rn(h, r);
-          else v[i] = norm_output<kMode>(h, r, weight_at(k, w, i), 1.0f, [](float value) { return rounded<T>(value); });
+          const float weight = weight_at(k, w, i), scaled = mul_rn(h_[k][w * T::kPerWord + i], r);
+          v[i] = mul_rn(llama ? rounded<T>(scaled) : scaled, gemma ? add_rn(1.0f, weight) : weight);
         }
         out.word[w] = T::put(v);
       }
       *reinterpret_cast<Pack<2>*>(args_.out + place(row, k)) = good ? out : poison<2>();
     }
   }
+
+ private:
   __device__ __forceinline__ float weight_at(int k, int w, int i) const {
     if constexpr (kWide && T::kPerWord != 1)
-      if (args_.weight_fp32)
+      if (args_.weight_fp32 && args_.weight != nullptr)
         return reinterpret_cast<const float*>(args_.weight)[packet(k) * kElements + w * T::kPerWord + i];
     return T::get(weight_[k].word[w], i);
   }
