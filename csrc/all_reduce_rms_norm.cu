@@ -10,7 +10,7 @@ template <class T, int N> constexpr int kAtATime = (N == 2 ? 4 : N <= 4 ? 2 : 1)
 
 // A block takes the rows blockIdx.x, blockIdx.x + gridDim.x, ...
 template <class T, int N, int kMost>
-__global__ void __launch_bounds__(RowNorm<T, kMost, false>::kThreads, 1)
+__global__ void __launch_bounds__(kNormThreads<T>, 1)
     push_rms_norm(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Packets packets, const char* in,
                   DETINFER_PARAMETER NormArgs args) {
   using Norm = RowNorm<T, kMost, false>;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(RowNorm<T, kMost, false>::kThreads, 1)
 
 // A row is a tile.
 template <class T, int N, int kMost>
-__global__ void __launch_bounds__(RowNorm<T, kMost, false>::kThreads, 1)
+__global__ void __launch_bounds__(kNormThreads<T>, 1)
     tile_rms_norm(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Ring ring, const char* in,
                   DETINFER_PARAMETER NormArgs args) {
   using Norm = RowNorm<T, kMost, false>;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(RowNorm<T, kMost, false>::kThreads, 1)
 
 // The same of rows that are reduced already.
 template <class T, int kMost>
-__global__ void __launch_bounds__(RowNorm<T, kMost, true>::kThreads, 1) rms_norm(const char* in, DETINFER_PARAMETER NormArgs args) {
+__global__ void __launch_bounds__(kNormThreads<T>, 1) rms_norm(const char* in, DETINFER_PARAMETER NormArgs args) {
   __shared__ alignas(16) float lanes[kRowLanes];
   wait_for_previous_kernel();
   RowNorm<T, kMost, true> norm(args, lanes);

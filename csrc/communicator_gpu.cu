@@ -181,6 +181,9 @@ DETINFER_EXPORT int detinfer_gpu_create(const GpuConfig* config, void* const* bu
     std::memset(comm->fault, 0, sizeof(Fault));
     status = checked(device_address(reinterpret_cast<void**>(&comm->fault_device), comm->fault), "mapping the fault record");
   }
+  bool overlap = false;
+  if (status == kOk) status = checked(can_overlap(&overlap), "asking for the device's generation");
+  if (!overlap) comm->config.overlap = 0;
   if (status == kOk) status = all_reduce(*comm, nullptr, nullptr);
   if (status == kOk) status = all_gather(*comm, nullptr, nullptr);
   if (status == kOk) status = all_reduce_rms_norm(*comm, nullptr, nullptr);

@@ -71,10 +71,10 @@ template <class T, class Bits, bool kGreater> DETINFER_HD static inline T extrem
   if (b != b) return b;
   if (a != b) return (a > b) == kGreater ? a : b;
   Bits x, y;
-  std::memcpy(&x, &a, sizeof x);
-  std::memcpy(&y, &b, sizeof y);
+  __builtin_memcpy(&x, &a, sizeof x);  // std::memcpy is the host's alone
+  __builtin_memcpy(&y, &b, sizeof y);
   x = kGreater ? x & y : x | y;
-  std::memcpy(&a, &x, sizeof a);
+  __builtin_memcpy(&a, &x, sizeof a);
   return a;
 }
 DETINFER_HD static inline float greater_of(float a, float b) { return extreme_of<float, uint32_t, true>(a, b); }

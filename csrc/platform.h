@@ -99,6 +99,10 @@ static inline Code processors(int* count) {
   const Code code = hipGetDevice(&device);
   return code != kNoError ? code : hipDeviceGetAttribute(count, hipDeviceAttributeMultiprocessorCount, device);
 }
+static inline Code can_overlap(bool* can) {  // see launch()
+  *can = false;
+  return hipSuccess;
+}
 template <class Kernel> static inline Code blocks_at_once(int* blocks, Kernel kernel, int threads, int shared_bytes) {
   return hipOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, static_cast<size_t>(shared_bytes));
 }
@@ -141,6 +145,13 @@ static inline Code processors(int* count) {
   int device = 0;
   const Code code = cudaGetDevice(&device);
   return code != kNoError ? code : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+static inline Code can_overlap(bool* can) {  // see launch()
+  int device = 0, major = 0;
+  Code code = cudaGetDevice(&device);
+  if (code == kNoError) code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  *can = major >= 9;
+  return code;
 }
 template <class Kernel> static inline Code blocks_at_once(int* blocks, Kernel kernel, int threads, int shared_bytes) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, static_cast<size_t>(shared_bytes));

@@ -37,6 +37,7 @@ FAMILIES = re.search(r"set\(DETINFER_FAMILIES ([^)]*)\)", (ROOT / "csrc/CMakeLis
 # What a family's kernels may include besides csrc's own headers: nothing that defines a weak symbol.
 PLAIN_HEADERS = re.compile(
     r"c(assert|float|limits|math|stddef|stdint|stdlib|string)|\w+intrin\.h|arm_neon\.h|(stdlib|time)\.h"
+    r"|cuda_runtime\.h|hip/hip_runtime\.h"  # platform.h, for a GPU compiler alone
 )
 
 # Written in two parts, so that this file passes its own rule.

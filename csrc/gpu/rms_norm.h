@@ -27,12 +27,14 @@ struct NormArgs {
 
 static __device__ __forceinline__ Pack<2> load_packet(const char* at) { return *reinterpret_cast<const Pack<2>*>(at); }
 
+template <class T> static constexpr int kNormThreads = kRowLanes / (2 * T::kPerWord);  // of a block
+
 // kWide: the weight may be fp32 beside 16-bit rows.
 template <class T, int kMost, bool kWide> class RowNorm {
  public:
   static constexpr int kHold = kMost / kRowLanes;  // packets of a row that a thread has
   static constexpr int kElements = 2 * T::kPerWord;  // of a packet
-  static constexpr int kThreads = kRowLanes / kElements;
+  static constexpr int kThreads = kNormThreads<T>;
 
   // All threads of a block of kThreads call every function, once a row, in this order. lanes: in shared memory.
   __device__ RowNorm(const NormArgs& args, float (&lanes)[kRowLanes])
