@@ -30,6 +30,7 @@ NAMES = {
 }
 OPTIONS = {
     "bench collectives": {"--dtype", "--json", "--ranks", "--seconds", "--sizes"},
+    "bench collectives-cuda": {"--json", "--ranks"},
     "bench linear": {"--dtype", "--repeats", "--rows", "--threads"},
     "bench model": {"--dtype", "--repeats", "--threads"},
     "env": {"--json"},
