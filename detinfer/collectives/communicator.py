@@ -270,7 +270,7 @@ def _agree(group: dist.ProcessGroup | None) -> tuple[str, int, int]:
         raise UsageError("connect: this process is not in the group")
     if size == 1:
         return "", rank, size
-    mine = (secrets.token_hex(16), _host())
+    mine = (secrets.token_hex(16), host())
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, mine, group=group)
     if hosts := sorted({host for _, host in everyone} - {mine[1]}):
@@ -278,7 +278,8 @@ def _agree(group: dist.ProcessGroup | None) -> tuple[str, int, int]:
     return everyone[0][0], rank, size
 
 
-def _host() -> str:
+def host() -> str:
+    """This host, as far as sharing memory goes: processes that see the same one can be ranks of a communicator."""
     # A machine's name and its boot, and the network namespace, in which the sockets' names live.
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()

@@ -10,6 +10,7 @@ import torch
 
 from detinfer.bits import dtype_name
 from detinfer.policy.calls import Call
+from detinfer.policy.collectives import BACKEND, COVERED
 from detinfer.policy.decide import MOVES, Known
 from detinfer.policy.policy import COMPOSED_NORMS, Accepted, Decision, Policy
 from detinfer.policy.trace import Key, Trace
@@ -68,6 +69,7 @@ class Active:
             if (
                 isinstance(decision, Accepted)
                 and decision.reason != MOVES
+                and not (decision.op in COVERED and decision.path != BACKEND)
                 and any(d.is_floating_point for d in dtypes)
                 and not (family is not None and family.reduces)
             ):

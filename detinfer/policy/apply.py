@@ -16,8 +16,8 @@ from detinfer.errors import RefusedError, UsageError
 from detinfer.policy import refusals
 from detinfer.policy.active import Active
 from detinfer.policy.families import Families, own
+from detinfer.policy.installed import Installed
 from detinfer.policy.modules import ModuleStack
-from detinfer.policy.overrides import Overrides
 from detinfer.policy.policy import Guarantee, Policy, Scope
 from detinfer.policy.state import STATE, Entry
 from detinfer.policy.trace import OnCall, Trace
@@ -83,7 +83,7 @@ class deterministic:
             modules = ModuleStack()
             if self._policy.uncovered == "refuse":
                 trace = Trace(self._policy, families.known, modules.path, self._on_call)
-            stack.enter_context(STATE.entering(Entry(self._policy, trace), families, Overrides))
+            stack.enter_context(STATE.entering(Entry(self._policy, trace), families, Installed))
             if trace is not None:
                 stack.enter_context(modules.watching())
                 stack.enter_context(trace)

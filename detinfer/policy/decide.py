@@ -2,6 +2,8 @@
 
 The questions come in this order, and the first that says yes decides:
 
+0. Is it a collective of torch.distributed? Its path between the ranks of its group, once that is proved
+   (``collectives.decide_collective``).
 1. Does a family cover it? Its path, once the family's proof has been made for each floating-point dtype.
 2. Does it draw random numbers? Refused.
 3. Are all its dtypes integers or booleans, and is it torch's own? Exact in any order: torch's own path.
@@ -21,6 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from detinfer.policy import refusals
+from detinfer.policy.collectives import COVERED, Ranks, decide_collective
+from detinfer.policy.collectives import MOVES as BETWEEN_RANKS
 from detinfer.policy.copies import CAST, COPIES, casts
 from detinfer.policy.policy import Accepted, Decision, Policy, Proof, Refused
 from detinfer.policy.variants import ARANGE, SCALED, SUMS, WHOLE_STEPS
@@ -64,12 +68,28 @@ class Known:
     random: Callable[[str], bool]
 
 
-def decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Known, *, variant: str = "") -> Decision:
+def decide(
+    policy: Policy,
+    op: str,
+    dtypes: tuple[torch.dtype, ...],
+    known: Known,
+    *,
+    variant: str = "",
+    ranks: Ranks | None = None,
+) -> Decision:
     """The decision for ``op`` on arguments of ``dtypes`` (with the dtype that the result was asked for, if any).
 
-    ``variant`` is ``variants.variant`` of the arguments. Calls nothing but ``known``; raises nothing.
+    ``variant`` is ``variants.variant`` of the arguments; for a collective its reduction, and ``ranks`` its group.
+    Calls nothing but ``known`` and the proof of ``ranks``; raises nothing that they do not.
     """
-    decision = _decide(policy, op, dtypes, known, variant)
+    if op in COVERED and policy.guarantee.scope != "tp":
+        decision: Decision = (
+            Refused(op, TORCH, "a collective is decided for a group: give its ranks")
+            if ranks is None
+            else decide_collective(op, variant, dtypes[0], ranks)
+        )
+    else:
+        decision = _decide(policy, op, dtypes, known, variant)
     if isinstance(decision, Refused) and op in policy.allow and policy.guarantee.scope != "tp":
         decision = Accepted(op, TORCH, f"allowed by the policy; otherwise: {decision.reason}")
     if isinstance(decision, Accepted) and policy.guarantee.place == "portable" and not decision.portable:
@@ -80,6 +100,8 @@ def decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Know
 def _decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Known, variant: str) -> Decision:
     if policy.guarantee.scope == "tp":
         return Refused(op, TORCH, refusals.TENSOR_PARALLEL)
+    if op in BETWEEN_RANKS:
+        return Accepted(op, TORCH, MOVES, portable=True)
     floating = tuple(d for d in dtypes if d.is_floating_point or d.is_complex)
     family = known.covered.get(op)
     if family is not None and floating:

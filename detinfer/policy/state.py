@@ -52,6 +52,11 @@ class State:
         entry = self._innermost() or (self._entries[-1] if self._entries else None)
         return Policy() if entry is None else entry.policy
 
+    def trace(self) -> Trace | None:
+        """The tracing pass of the calling thread's innermost policy."""
+        entry = self._innermost()
+        return None if entry is None else entry.trace
+
     def _innermost(self) -> Entry | None:
         thread = get_ident()
         return next((entry for entry in reversed(self._entries) if entry.thread == thread), None)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detinfer.bits import dtype_name
 from detinfer.errors import RefusedError
 from detinfer.policy.calls import Call, cooked, raw
+from detinfer.policy.collectives import COVERED, FORWARDS
 from detinfer.policy.decide import Known, decide
 from detinfer.policy.policy import Decision, Policy, Refused
 from detinfer.policy.refusals import ON_CPU, message
@@ -50,6 +51,7 @@ class _Operation:
 
     name: str
     varies: bool
+    collective: bool
     kinds: dict[Any, _Kind] = field(default_factory=dict)
 
 
@@ -67,6 +69,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._policy, self._known, self._where, self._on_call = policy, known, where, on_call
         self._operations: dict[Any, _Operation] = {}
         self._calls: dict[Any, int] = {}
+        self._noted: dict[Key, int] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -74,10 +77,23 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # microseconds at each. ``deterministic`` keeps compiled code from running at all.
         return False
 
+    def note(self, key: Key, decision: Decision, args: tuple[Any, ...]) -> None:
+        """A collective was decided, and runs next unless it is refused."""
+        self.decisions.setdefault(key, decision)
+        if isinstance(decision, Refused):
+            return
+        if self._on_call is not None:
+            self._on_call(decision.op, args, {}, decision)
+        self._noted[key] = self._noted.get(key, 0) + 1
+
+    def where(self) -> str:
+        """The place in the model of what runs now; empty outside of one."""
+        return self._where()
+
     @property
     def counts(self) -> dict[Key, int]:
         """How often each operation was called on each combination of dtypes."""
-        counts: dict[Key, int] = {}
+        counts = dict(self._noted)
         for kind in (kind for operation in self._operations.values() for kind in operation.kinds.values()):
             if kind.count:
                 counts[kind.key] = counts.get(kind.key, 0) + kind.count
@@ -108,7 +124,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operation = self._operations.get(func)
         if operation is None:
             name = func.name()
-            operation = self._operations[func] = _Operation(name, name in VARIES)
+            operation = self._operations[func] = _Operation(name, name in VARIES, name in COVERED or name in FORWARDS)
+        if operation.collective:
+            return func(*args, **kwargs)  # its override knows the group: it decides, and notes it here
         what = variant(operation.name, args, kwargs) if operation.varies else ""
         key = (what, *wanted, None, *dtypes)
         kind = operation.kinds.get(key) or self._decide(func, operation, key, what, wanted, dtypes)

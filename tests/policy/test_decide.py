@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from detinfer.errors import UsageError
+from detinfer.policy.collectives import Ranks
 from detinfer.policy.copies import COPIES, casts
 from detinfer.policy.decide import Family, Known, decide
 from detinfer.policy.policy import Accepted, Guarantee, Policy, Proof, Refused
@@ -232,3 +233,62 @@ def test_variants_read_the_arguments() -> None:
     assert variant("aten::arange", (2**24 + 1,), {"dtype": f32}) == ""
     assert variant("aten::arange", (float("inf"),), {"dtype": f32}) == ""
     assert variant("aten::view", (0, [3]), {}) == ""
+
+
+def _ranks(path: str = "csrc/all_reduce", broken: bool = False) -> Ranks:
+    def prove(collective: str, reduction: str, dtype: torch.dtype) -> Proof | Refused:
+        if broken:
+            return Refused(collective, path, "its proof failed: byte 3 of 8")
+        return Proof(f"{collective} {reduction} {dtype}", "a reference", 5, "00")
+
+    return Ranks(3, path, prove)
+
+
+COLLECTIVES = [
+    # operator, reduction, dtype, path (or None: refused), a part of the reason
+    ("c10d::allreduce_", "sum", f32, "csrc/all_reduce", "sum over 3 ranks, in rank order"),
+    ("c10d::allreduce_", "avg", bf16, "csrc/all_reduce", "in rank order"),
+    ("c10d::allreduce_", "max", f16, "csrc/all_reduce", "which no order changes"),
+    ("c10d::allreduce_", "min", f64, "csrc/all_reduce", "which no order changes"),
+    ("c10d::allreduce_", "sum", i64, "csrc/all_reduce", "sum over 3 ranks"),
+    ("c10d::allreduce_", "sum", boolean, "torch", "exact in any order"),
+    ("c10d::allreduce_", "product", f32, None, "all_gather its terms"),
+    ("c10d::allreduce_", "product", i64, "torch", "exact in any order"),
+    ("c10d::allreduce_", "band", i64, "torch", "exact in any order"),
+    ("c10d::allreduce_", "premul_sum", f32, None, "no canonical order"),
+    ("c10d::allreduce_", "premul_sum", i64, None, "no canonical order"),
+    ("c10d::allreduce_", "unknown", i64, None, "no canonical order"),
+    ("c10d::allreduce_", "avg", i64, None, "average of integers"),
+    ("c10d::allreduce_", "sum", torch.complex64, None, "complex64 has no canonical order"),
+    ("c10d::allreduce_", "sum", torch.float8_e4m3fn, None, "convert to float32"),
+    ("c10d::reduce_", "sum", f32, "csrc/all_reduce", "in rank order"),
+    ("c10d::_reduce_scatter_base_", "sum", bf16, "csrc/all_reduce", "in rank order"),
+    ("c10d::_allgather_base_", "", torch.float8_e4m3fn, "csrc/all_reduce", "copy of bytes"),
+    ("c10d::broadcast_", "", f32, "torch", "moves bytes"),
+    ("_c10d_functional::wait_tensor", "", f64, "torch", "moves bytes"),
+]
+
+
+@pytest.mark.parametrize(("op", "reduction", "dtype", "path", "why"), COLLECTIVES)
+def test_collectives(op: str, reduction: str, dtype: torch.dtype, path: str | None, why: str) -> None:
+    """Each row of the table of collectives."""
+    decision = decide(Policy(), op, (dtype,), KNOWN, variant=reduction, ranks=_ranks())
+    assert why in decision.reason
+    assert (decision.path if isinstance(decision, Accepted) else None) == path
+    if isinstance(decision, Accepted):
+        assert decision.portable
+        assert (decision.proof is not None) == path.startswith("csrc/")
+
+
+def test_a_collective_needs_its_proof_and_its_group() -> None:
+    """A proof that fails refuses, and so does a decision for no group; allow sends the call to the backend."""
+    for ranks in (_ranks(broken=True), _ranks("ordered_gather", broken=True)):
+        found = decide(Policy(), "c10d::allreduce_", (f32,), KNOWN, variant="sum", ranks=ranks)
+        assert isinstance(found, Refused) and found.path == ranks.path and "byte 3 of 8" in found.reason
+    assert isinstance(decide(Policy(), "c10d::allreduce_", (f32,), KNOWN, variant="sum"), Refused)
+    allowed = Policy(allow=("c10d::allreduce_",))
+    found = decide(allowed, "c10d::allreduce_", (f32,), KNOWN, variant="product", ranks=_ranks())
+    assert isinstance(found, Accepted) and (found.path, found.proof) == ("torch", None)
+    assert decide(allowed, "c10d::allreduce_", (f32,), KNOWN, variant="sum", ranks=_ranks()).path == "csrc/all_reduce"
+    scoped = Policy(Guarantee("tp"))
+    assert isinstance(decide(scoped, "c10d::allreduce_", (f32,), KNOWN, variant="sum", ranks=_ranks()), Refused)
