@@ -370,7 +370,7 @@ def run_world(rank: int, size: int, folder: Path) -> None:
 def work(rank: int, folder: Path) -> None:
     """One process: a rank of every world that is large enough."""
     warnings.simplefilter("ignore")
-    faulthandler.dump_traceback_later(170, exit=True)  # where a rank that waits for ever stands
+    faulthandler.dump_traceback_later(300, exit=True)  # where a rank that waits for ever stands
     torch.set_num_threads(1)
     try:
         for size in SIZES:
