@@ -34,6 +34,7 @@ OPTIONS = {
     "bench linear": {"--dtype", "--repeats", "--rows", "--threads"},
     "bench model": {"--dtype", "--repeats", "--threads"},
     "env": {"--json"},
+    "policy explain": {"--allow", "--json", "--policy"},
     "record": {
         "--allow",
         "--decode-steps",

@@ -13,6 +13,7 @@ from detinfer import errors
 from detinfer.cli import ranks
 from detinfer.cli.bench import bench
 from detinfer.cli.env import env
+from detinfer.cli.policy import policy
 from detinfer.cli.record import record
 from detinfer.cli.verify import verify
 
@@ -34,7 +35,7 @@ def cli() -> None:
     """Deterministic inference: record a model's layers, replay them, assert identical bytes."""
 
 
-for _command in (record, verify, env, bench):
+for _command in (record, verify, policy, env, bench):
     cli.add_command(_command)
 
 

@@ -15,6 +15,7 @@ import torch
 from detinfer.errors import RefusedError, UsageError
 from detinfer.policy import refusals
 from detinfer.policy.active import Active
+from detinfer.policy.configured import configured
 from detinfer.policy.families import Families, own
 from detinfer.policy.installed import Installed
 from detinfer.policy.modules import ModuleStack
@@ -31,7 +32,8 @@ class deterministic:
         with deterministic("batch"):
             logits = model(tokens)
 
-    ``policy`` is a Policy, or a scope (``"run"``, ``"batch"``) that stands for ``Policy(Guarantee(scope))``. In this
+    ``policy`` is a Policy, or a scope (``"run"``, ``"batch"``) that stands for ``Policy(Guarantee(scope))``; without one
+    (``"configured"``) it is the project's (``policy.configured``: ``[tool.detinfer]`` in pyproject.toml, then the environment). In this
     version ``run`` takes the same paths as ``batch``; ``tp`` is refused. ``uncovered`` overrides the policy's choice:
     ``"refuse"`` traces every operation and raises RefusedError for one that is neither covered nor allowed, at the
     cost of a few microseconds per operation; ``"trust"`` runs the covered operations on their canonical paths and
@@ -53,12 +55,14 @@ class deterministic:
 
     def __init__(
         self,
-        policy: Policy | Scope = "batch",
+        policy: Policy | Scope | Literal["configured"] = "configured",
         *,
         uncovered: Literal["refuse", "trust"] | None = None,
         on_call: OnCall | None = None,
         families: Families | None = None,
     ) -> None:
+        if policy == "configured":
+            policy, _ = configured()
         if isinstance(policy, str):
             policy = Policy(Guarantee(policy))
         if not isinstance(policy, Policy):
