@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import click
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -113,3 +114,26 @@ def collectives_cuda(ranks: int, path: Path | None) -> None:
         shown.print(table)
     if path is not None:
         benchmark.write(found, path)
+
+
+@bench.command()
+@click.option("--rows", default="", help="Rows of the input, with commas between them; 1 to 8192 unless given.")
+@click.option("--repeats", default=9, show_default=True, help="Replays of each graph.")
+def compute(rows: str, repeats: int) -> None:
+    """bf16 linear layers of three models on this GPU, in replays of a CUDA graph, bytes checked before."""
+    from detinfer.bench import linear_cuda as benchmark
+
+    if not torch.cuda.is_available():
+        raise UsageError("bench compute needs a CUDA device, and torch sees none; bench linear times the CPU")
+    counts = [int(count) for count in rows.split(",")] if rows else list(benchmark.ROWS)
+    total = sum(len(shapes) for shapes in benchmark.SHAPES.values()) * len(counts)
+    console = Console(stderr=True)
+    found = list(track(benchmark.run(counts, repeats), "timing", total=total, console=console, transient=True))
+    shown = Console()
+    shown.width = max(shown.width, 140)
+    shown.print(benchmark.table(found))
+    worst = max(found, key=lambda timing: timing.ratio)
+    shown.print(
+        f"geometric mean {benchmark.geometric_mean(found):.2f}; worst {worst.ratio:.2f}, {worst.k} -> {worst.n} at "
+        f"{worst.rows} rows ({worst.detinfer:.1f} against {worst.torch:.1f} us)"
+    )
