@@ -30,11 +30,8 @@ NAMES = {
 }
 OPTIONS = {
     "bench collectives": {"--dtype", "--json", "--ranks", "--seconds", "--sizes"},
-<<<<<<< HEAD
     "bench collectives-cuda": {"--json", "--ranks"},
-=======
     "bench compute": {"--repeats", "--rows"},
->>>>>>> 2749493 (linear on NVIDIA GPUs in bf16 and fp16: one order at every number of rows; bench compute)
     "bench linear": {"--dtype", "--repeats", "--rows", "--threads"},
     "bench model": {"--dtype", "--repeats", "--threads"},
     "env": {"--json"},
