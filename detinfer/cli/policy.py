@@ -9,7 +9,9 @@ import click
 
 from detinfer.policy import Accepted, Decision, explain
 from detinfer.policy.configured import configured
+from detinfer.policy.dispatch import explain_dispatch
 from detinfer.policy.listing_collectives import explain_collectives
+from detinfer.policy.switches import read_switches
 
 
 @click.group()
@@ -24,15 +26,19 @@ def policy() -> None:
 def explain_command(as_json: bool, scope: str | None, allow: tuple[str, ...]) -> None:
     """Print every operation and path with its decision and the reason; makes every proof."""
     found, origins = configured(scope=scope, allow=allow or None)
-    decisions = [*explain(found), *explain_collectives(found)]
+    decisions = [*explain(found), *explain_collectives(found), *explain_dispatch()]
+    switches = read_switches(found)
     if as_json:
         rows = [decision.to_json() for decision in decisions]
-        text = {"policy": found.to_json(), "origins": origins, "decisions": rows}
+        read = [{"name": s.switch.name, "value": s.value, "contradicts": s.contradiction} for s in switches]
+        text = {"policy": found.to_json(), "origins": origins, "switches": read, "decisions": rows}
         click.echo(json.dumps(text, indent=1, sort_keys=True))
         return
     for name, value in found.to_json().items():
         shown = ", ".join(value) or "nothing" if isinstance(value, list) else value
         click.echo(f"{name:<10} {shown}  ({origins.get(name, 'default')})")
+    for set_ in switches:
+        click.echo(f"{set_.switch.name}={set_.value}  {set_.contradiction or set_.switch.meaning}")
     click.echo()
     for line in _lines(decisions):
         click.echo(line)

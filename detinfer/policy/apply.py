@@ -21,6 +21,7 @@ from detinfer.policy.installed import Installed
 from detinfer.policy.modules import ModuleStack
 from detinfer.policy.policy import Guarantee, Policy, Scope
 from detinfer.policy.state import STATE, Entry
+from detinfer.policy.switches import check_switches
 from detinfer.policy.trace import OnCall, Trace
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -49,7 +50,8 @@ class deterministic:
 
     Functions made by torch.compile run uncompiled inside, if they were made before the block was entered.
 
-    Raises UsageError for arguments that make no sense, and RefusedError at entry for scope ``tp`` and when subnormal
+    Raises UsageError for arguments that make no sense and, at entry, for an engine's environment switch that contradicts
+    the policy (``policy.switches``), and RefusedError at entry for scope ``tp`` and when subnormal
     numbers are flushed to zero (``torch.set_flush_denormal``), which changes bits.
     """
 
@@ -77,6 +79,7 @@ class deterministic:
     def __enter__(self) -> Active:
         if self._policy.guarantee.scope == "tp":
             raise RefusedError(refusals.TENSOR_PARALLEL)
+        check_switches(self._policy)
         families = self._families or own()
         with ExitStack() as stack:
             _check_subnormals()

@@ -101,14 +101,15 @@ class _Call:
         if group.policy is not policy:
             group.policy, group.settled = policy, {}
         memo = (self._name, number, dtype)
-        decision: Decision | None = group.settled.get(memo)
-        if decision is None:
+        found: tuple[Decision, Any] | None = group.settled.get(memo)
+        if found is None:
             decision = decide(policy, self._name, (dtype,), self._known, variant=reduction, ranks=group.ranks)
-            group.settled[memo] = decision
+            how = ", ".join(filter(None, (reduction, f"{group.size} ranks")))
+            found = group.settled[memo] = decision, (f"{self._name}({how})", (dtype,))
+        decision, key = found
         trace = STATE.trace()
         if trace is not None:
-            how = ", ".join(filter(None, (reduction, f"{group.size} ranks")))
-            trace.note((f"{self._name}({how})", (dtype,)), decision, self._args)
+            trace.note(key, decision, self._args)
         if isinstance(decision, Refused):
             where = trace.where() if trace is not None else ""
             what = f"{self._name}{f' ({reduction})' if reduction else ''} on {dtype_name(dtype)}"

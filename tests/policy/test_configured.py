@@ -73,6 +73,15 @@ def test_deterministic_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert active.policy == Policy(Guarantee("run"), uncovered="trust")
 
 
+def test_a_switch_against_the_policy_is_refused_at_entry(monkeypatch: pytest.MonkeyPatch, fake: Any) -> None:
+    """By name, before anything is installed."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    with pytest.raises(UsageError, match="VLLM_BATCH_INVARIANT=0"):
+        deterministic("batch", families=fake.families).__enter__()
+    with deterministic("run", families=fake.families):
+        pass
+
+
 def test_explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every operation and path with its decision, the collectives' proofs between three ranks included."""
     monkeypatch.chdir(project(tmp_path, '[tool.detinfer]\nallow = ["aten::cumsum"]\n'))
@@ -87,5 +96,9 @@ def test_explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     proofs = [row["proof"] for row in found["decisions"] if row["op"] == "c10d::allreduce_" and row["accepted"]]
     assert {proof["subject"] for proof in proofs} >= {f"all_reduce {op} bfloat16 3 ranks" for op in ("sum", "max")}
     assert all(row["reason"] for row in found["decisions"])
+    monkeypatch.setenv("NCCL_ALGO", "ring")
+    assert run(["policy", "explain"]) == 0
+    text = capsys.readouterr().out
+    assert "NCCL_ALGO=ring: " in text and "set it to allreduce:tree" in text
     assert run(["policy", "explain", "--policy", "rows"]) == 2
     assert "'rows'" in capsys.readouterr().err
