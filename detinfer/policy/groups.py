@@ -18,7 +18,7 @@ import torch.distributed as dist
 from detinfer.collectives import communicator
 from detinfer.collectives.communicator import Communicator, connect
 from detinfer.collectives.ordered_gather import reduce_gathered
-from detinfer.errors import DetinferError, PeerError, UsageError
+from detinfer.errors import DetinferError, PeerError, RefusedError, UsageError
 from detinfer.policy.collectives import ORDERED_GATHER, SHARED_MEMORY, Collective, Ranks
 from detinfer.policy.policy import Policy, Proof, Refused
 from detinfer.policy.rank_proofs import compare, gathered, shared_memory, ways
@@ -47,6 +47,7 @@ class Group:
         self.communicator: Communicator | None = None
         self.why = ""
         """Why the ranks share no memory; empty where they do."""
+        _outside_of_capture(device)
         with STATE.torch_alone():
             self._join(group)
         path = ORDERED_GATHER if self.communicator is None else SHARED_MEMORY
@@ -95,6 +96,7 @@ class Group:
         """
         subject = (collective, reduction, dtype)
         if subject not in self._proofs:
+            _outside_of_capture(self._device)
             with STATE.torch_alone():
                 self._proofs[subject] = self._prove(subject)
         return self._proofs[subject]
@@ -164,6 +166,14 @@ class Group:
         """Leave the others."""
         if self.communicator is not None:
             self.communicator.close()
+
+
+def _outside_of_capture(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RefusedError(
+            "a group's first collective of a kind joins its ranks and proves the path, which a CUDA graph cannot hold: "
+            "make the call once before the capture"
+        )
 
 
 class Groups:
