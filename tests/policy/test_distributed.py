@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from detinfer import native
+
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +29,7 @@ COPIES += ("dtensor_shard_to_replicate",)
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each rank of each world wrote."""
+    native.library()  # without it the ranks would share no memory: say so at once
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).parent / "distributed_cases.py"
     paths = os.pathsep.join(path for path in sys.path if path)
