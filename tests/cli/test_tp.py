@@ -181,8 +181,9 @@ def test_a_death_ends_everything(victim: str, golden: Path) -> None:
         _, said = process.communicate(timeout=240)
     if victim == "rank":
         assert process.returncode == 6
-        assert "was killed by SIGKILL" in said.decode()
-        assert "rank 2 of 3" in said.decode()
+        # The launcher sees the death, or a rank that was waiting for the dead one ends first and says whom it missed.
+        text = said.decode()
+        assert "rank 2 of 3 was killed by SIGKILL" in text or "rank 2 died" in text, text
     deadline = time.monotonic() + 240
     while (left := [rank for rank in found if Path(f"/proc/{rank}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.05)
