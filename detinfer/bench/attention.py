@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
+from detinfer.bench import threads as held
 from detinfer.policy import deterministic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,7 +50,7 @@ def run(
     dtypes: Sequence[torch.dtype] = DTYPES, threads: int = 2, repeats: int = 7, seconds: float = 0.02
 ) -> Iterator[Timing]:
     """Time every shape with and without a mask; each of ``repeats`` turns calls one side for about ``seconds``."""
-    with _threads(threads), torch.inference_mode():
+    with held.threads(threads), torch.inference_mode():
         for dtype in dtypes:
             for shape in SHAPES:
                 for masked in (False, True):
@@ -89,16 +89,6 @@ def _least(call: Call, seconds: float) -> float:
         took = time.perf_counter() - start
         least, used, count = min(least, took), used + took, count + 1
     return least
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def table(timings: Sequence[Timing]) -> Table:

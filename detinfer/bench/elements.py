@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from detinfer.bench import threads as held
 from detinfer.ops import elementwise, rows
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -75,25 +76,20 @@ def run(
     dtypes: Sequence[torch.dtype] = DTYPES, threads: int = 2, repeats: int = 60, only: Sequence[str] = ()
 ) -> Iterator[Timing]:
     """Time every operation (or those named in ``only``) in every dtype, ``repeats`` calls of each side in turn."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            for dtype in dtypes:
-                for op, pair in calls(dtype).items():
-                    if only and op not in only:
-                        continue
-                    least = [float("inf"), float("inf")]
-                    for turn in range(repeats + 2):
-                        for side, call in enumerate(pair):
-                            start = time.perf_counter()
-                            call()
-                            took = time.perf_counter() - start
-                            if turn >= 2:
-                                least[side] = min(least[side], took)
-                    yield Timing(op, str(dtype).removeprefix("torch."), threads, *least)
-    finally:
-        torch.set_num_threads(before)
+    with held.threads(threads), torch.inference_mode():
+        for dtype in dtypes:
+            for op, pair in calls(dtype).items():
+                if only and op not in only:
+                    continue
+                least = [float("inf"), float("inf")]
+                for turn in range(repeats + 2):
+                    for side, call in enumerate(pair):
+                        start = time.perf_counter()
+                        call()
+                        took = time.perf_counter() - start
+                        if turn >= 2:
+                            least[side] = min(least[side], took)
+                yield Timing(op, str(dtype).removeprefix("torch."), threads, *least)
 
 
 def table(timings: Sequence[Timing]) -> Table:

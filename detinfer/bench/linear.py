@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from rich.table import Table
 
+from detinfer.bench import threads as held
 from detinfer.ops.matmul import linear
 
 _LAYER = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
@@ -51,7 +51,7 @@ def run(
     dtypes: Sequence[torch.dtype] = DTYPES, rows: Sequence[int] = ROWS, threads: int = 2, repeats: int = 5
 ) -> Iterator[Timing]:
     """Time torch.nn.functional.linear and detinfer's at every dtype and number of rows."""
-    with _threads(threads), torch.inference_mode():
+    with held.threads(threads), torch.inference_mode():
         for dtype in dtypes:
             weights = [torch.randint(-128, 128, shape).to(dtype) for shape in SHAPES]
             for count in rows:
@@ -87,16 +87,6 @@ def _one_pass(function: Linear, inputs: dict[int, torch.Tensor], weights: list[t
         function(x, weight)
         seconds.append(time.perf_counter() - start)
     return seconds
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def table(timings: Sequence[Timing]) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from detinfer.bench import threads as held
 from detinfer.errors import UsageError
 from detinfer.policy import deterministic
 
@@ -49,7 +50,7 @@ def run(target: Any, dtypes: Sequence[torch.dtype], threads: int = 2, repeats: i
     if target.kind != "causal_lm":
         raise UsageError(f"{target.spec}: the benchmark times causal language models")
     model = target.module
-    with _threads(threads), torch.inference_mode():
+    with held.threads(threads), torch.inference_mode():
         for dtype in dtypes:
             model = model.to(dtype)
             for case in CASES:
@@ -90,16 +91,6 @@ def _time(once: Callable[[], Any], context: AbstractContextManager[Any]) -> floa
         start = time.perf_counter()
         once()
         return time.perf_counter() - start
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def table(timings: Sequence[Timing]) -> Table:

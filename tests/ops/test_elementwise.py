@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,9 @@ from detinfer.ops.evidence import WIDTHS, every_exponent, from_bits, from_values
 from detinfer.reference import elementwise as reference
 from detinfer.reference.arithmetic import fma
 
+pytestmark = pytest.mark.usefixtures("overflow_is_expected")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEVELS = ("baseline", "avx2", "avx512")
 
 erf, erfc = np.frompyfunc(math.erf, 1, 1), np.frompyfunc(math.erfc, 1, 1)
 
@@ -71,33 +72,6 @@ def ulps(got: Any, truth: Any) -> Any:
 def every_pattern(step: int) -> torch.Tensor:
     """Every ``step``-th bit pattern of fp32."""
     return from_bits(np.arange(0, 2**32, step, dtype=np.uint64).astype(np.uint32), torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def overflow_is_expected() -> Iterator[None]:
-    """numpy warns of overflow and NaN by default; here they are inputs."""
-    with np.errstate(all="ignore"):
-        yield
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this CPU has."""
-    state = native.load()
-    assert isinstance(state, native.Loaded), state
-    if request.param not in state.levels:
-        pytest.skip(f"this CPU or build has no {request.param}")
-    with native.hold_isa(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=(1, 2))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """One thread, then two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def native_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:

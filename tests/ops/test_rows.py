@@ -4,50 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from detinfer import native
 from detinfer.errors import Diverged, UnsupportedDtype, UsageError
 from detinfer.ops import rows
 from detinfer.ops.evidence import REFERENCE_NAME, WIDTHS, from_bits, from_values, to_bits, to_values
 from detinfer.ops.rows_proof import cancelling, logits, spread
 from detinfer.reference import rows as reference
 
+pytestmark = pytest.mark.usefixtures("overflow_is_expected")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEVELS = ("baseline", "avx2", "avx512")
 MODES = ("llama", "fp32", "gemma")
-
-
-@pytest.fixture(autouse=True)
-def overflow_is_expected() -> Iterator[None]:
-    """numpy warns of overflow and NaN by default; here they are inputs."""
-    with np.errstate(all="ignore"):
-        yield
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this CPU has."""
-    state = native.load()
-    assert isinstance(state, native.Loaded), state
-    if request.param not in state.levels:
-        pytest.skip(f"this CPU or build has no {request.param}")
-    with native.hold_isa(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=(1, 2))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """One thread, then two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
