@@ -10,11 +10,12 @@ Host name, paths, time and the number of threads are not here at all.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ STALE_REASONS: dict[str, str] = {
     "variables": "they hold MKL, oneDNN or the C library to other kernels",
     "flags": "they switch torch to other kernels or other precision",
     "libraries": "a model's own code comes from them",
+    "gpu": "another GPU, driver or CUDA library has other kernels",
 }
 """The fields that make a golden stale, each with the reason."""
 
@@ -59,6 +61,14 @@ VARIABLES: tuple[str, ...] = (
 """Variables that choose kernels and cannot be read back as a setting. ``ATEN_CPU_CAPABILITY`` is seen in
 ``cpu_capability`` and ``DETINFER_CPU_ISA`` in ``native``."""
 
+GPU_VARIABLES: tuple[str, ...] = (
+    "CUBLASLT_WORKSPACE_SIZE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+)
+"""Variables that choose kernels of a GPU's libraries: entries of ``gpu``, so that they excuse nothing on a CPU."""
+
 # x86 flags and ARM features by which some library chooses a kernel.
 _FEATURES = re.compile(r"(s?sse|avx|amx|asimd|sve|bmi)[a-z0-9_]*|fma|f16c|gfni|vaes|sme2?|bf16|i8mm|fphp")
 
@@ -68,7 +78,8 @@ class Environment:
     """One machine, as ``capture`` found it; every value is a string, a list of strings or a map of strings.
 
     ``native`` is the instruction set that detinfer's own kernels run at; it is kept to be read, like ``python`` and
-    ``detinfer``: bits that differ with it are a fault to be found, not a golden gone stale.
+    ``detinfer``: bits that differ with it are a fault to be found, not a golden gone stale. ``gpu`` is empty for what ran
+    on a CPU.
     """
 
     torch: str
@@ -87,17 +98,22 @@ class Environment:
     variables: dict[str, str]
     flags: dict[str, str]
     libraries: dict[str, str]
+    gpu: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, to be read back by ``from_json``."""
-        return {**asdict(self), "cpu_features": list(self.cpu_features)}
+        """Plain JSON values, to be read back by ``from_json``; ``gpu`` is left out where it is empty."""
+        found = {**asdict(self), "cpu_features": list(self.cpu_features)}
+        if not self.gpu:
+            del found["gpu"]
+        return found
 
     @classmethod
     def from_json(cls, data: object, where: str = "environment") -> Environment:
         """The environment of a manifest; GoldenError names a key that is unknown, missing or of another type."""
         if not isinstance(data, dict):
             raise GoldenError(f"{where}: expected an object")
-        known = {field.name: str(field.type) for field in fields(cls)}
+        known = {one.name: str(one.type) for one in fields(cls)}
+        data = {"gpu": {}, **data}
         for name in sorted(known.keys() ^ data.keys()):
             raise GoldenError(f"{where}: {'missing' if name in known else 'unknown'} key {name!r}")
         for name, kind in known.items():
@@ -133,11 +149,14 @@ def differences(recorded: Environment, here: Environment, portable: bool = False
     return tuple(found)
 
 
-def capture(native: str = "none", libraries: Sequence[str] = ("transformers",)) -> Environment:
+def capture(
+    native: str = "none", libraries: Sequence[str] = ("transformers",), device: torch.device | str = "cpu"
+) -> Environment:
     """This process and its machine now.
 
     ``native`` is the instruction set of detinfer's kernels (``native.isa()``; this module may not import upwards).
-    ``libraries`` are the packages whose code the recorded model runs.
+    ``libraries`` are the packages whose code the recorded model runs, ``device`` is where it runs: ``gpu`` describes a
+    CUDA device.
     """
     config = torch.__config__.show()
     return Environment(
@@ -157,7 +176,42 @@ def capture(native: str = "none", libraries: Sequence[str] = ("transformers",)) 
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
         flags=_flags(),
         libraries={name: version for name in sorted(libraries) if (version := _version(name)) is not None},
+        gpu=gpu(device) if torch.device(device).type == "cuda" else {},
     )
+
+
+def gpu(device: torch.device | str = "cuda") -> dict[str, str]:
+    """What a GPU's bits may depend on: the GPU, its driver, the libraries of kernels, variables that choose among them."""
+    where = torch.device(device)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if where.index is None else where.index)
+    found = {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": str(properties.multi_processor_count),
+        "driver": _driver(),
+        "runtime": f"hip {torch.version.hip}" if torch.version.hip else f"cuda {torch.version.cuda}",
+        "cublas": _first_version("nvidia-cublas", f"nvidia-cublas-cu{(torch.version.cuda or '').partition('.')[0]}"),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "triton": _first_version("triton", "pytorch-triton", "pytorch-triton-rocm"),
+    }
+    return found | {name: os.environ[name] for name in GPU_VARIABLES if name in os.environ}
+
+
+def _driver() -> str:
+    """The kernel driver's version, as NVIDIA's management library has it; ``unknown`` without that library."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        text = ctypes.create_string_buffer(80)
+        if library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text))):
+            return "unknown"
+        library.nvmlShutdown()
+    except (OSError, AttributeError):
+        return "unknown"
+    return text.value.decode(errors="replace")
+
+
+def _first_version(*packages: str) -> str:
+    return next((version for package in packages if (version := _version(package)) is not None), "unknown")
 
 
 def _found(pattern: str, text: str) -> str:

@@ -85,6 +85,27 @@ def test_another_process_differs_only_by_what_picks_kernels() -> None:
     assert ("flags.float32_matmul_precision", "highest", "medium") in differences(plain, flags)
 
 
+def test_a_cpu_has_no_gpu_and_a_gpu_is_another_environment() -> None:
+    """The entry is left out where it is empty, so that manifests of CPU runs have no such key; read back, it is empty."""
+    assert HERE.gpu == {}
+    assert "gpu" not in HERE.to_json()
+    there = replace(HERE, gpu={"name": "NVIDIA H200", "driver": "580.1"})
+    assert Environment.from_json(json.loads(json.dumps(there.to_json()))) == there
+    assert differences(there, replace(there, gpu={"name": "NVIDIA H200", "driver": "580.2"})) == (
+        ("gpu.driver", "580.1", "580.2"),
+    )
+    assert {name for name, _, _ in differences(HERE, there)} == {"gpu.name", "gpu.driver"}
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLASLT_WORKSPACE_SIZE", "1024")
+    found = environment.capture(device="cuda").gpu
+    assert found["name"] == torch.cuda.get_device_name()
+    assert found["CUBLASLT_WORKSPACE_SIZE"] == "1024"
+    assert "unknown" not in found.values()
+
+
 def test_libraries_are_those_asked_for() -> None:
     assert environment.capture(libraries=()).libraries == {}
     assert set(environment.capture(libraries=("numpy", "no-such-package")).libraries) == {"numpy"}
