@@ -21,7 +21,7 @@ import torch.distributed as dist
 from detinfer import native
 from detinfer.collectives import cuda_native as gpu
 from detinfer.collectives.calls import MODES, OPS, ORDERS, WEIGHT_MODES, Order, ReduceOp
-from detinfer.collectives.cuda_paths import Paths, default_paths
+from detinfer.collectives.cuda_paths import Paths, chosen, shipped
 from detinfer.errors import InfrastructureError, PeerError, RankMismatch, UsageError
 from detinfer.reference.rows import ResidualMode, WeightMode
 
@@ -324,7 +324,8 @@ def connect(
     """Join the ranks of ``group`` (None: torch.distributed's default group), one GPU each, which all call this together.
 
     ``device`` is this rank's GPU (None: the current one). ``timeout``, in seconds, bounds every wait on the device.
-    ``geometry`` and ``paths``, the same on all ranks, say how the work is cut and which path runs: speed, never bits.
+    ``geometry`` and ``paths``, the same on all ranks, say how the work is cut and which path runs: speed, never bits
+    (None: the table that ``cuda_paths.chosen`` finds).
     Kernels are loaded before this returns, on all ranks. Raises UsageError where the ranks are not 2 to 8 processes of
     one host with GPUs that reach each other, NativeError where the GPU library or a CUDA call fails.
     """
@@ -334,8 +335,10 @@ def connect(
     if not 2 <= size <= MOST_RANKS:
         raise UsageError(f"connect: {size} ranks; there can be 2 to {MOST_RANKS} GPUs")
     where = torch.device("cuda", torch.cuda.current_device()) if device is None else _device(device)
-    geometry = geometry or gpu.default_geometry(size)
-    paths = paths or default_paths(size)
+    if geometry is None or paths is None:
+        tuned = chosen(torch.cuda.get_device_name(where), size)
+        geometry, paths = geometry or tuned.geometry, paths or tuned.paths
+    paths = paths.within(geometry)
     config = geometry.config(rank, size, timeout)
     with torch.cuda.device(where):
         own = gpu.create_buffer(config)
@@ -393,9 +396,9 @@ def connect_here(
         configs = [geometry.config(rank, size, timeout, first_sequence) for rank in range(size)]
         buffers = [gpu.create_buffer(config) for config in configs]
         comms = [gpu.create(config, buffers) for config in configs]
-    chosen = paths or default_paths(size)
+    taken = (paths or shipped(size).paths).within(geometry)
     return [
-        CudaCommunicator(comm, config, where, chosen, (), own)
+        CudaCommunicator(comm, config, where, taken, (), own)
         for comm, config, own in zip(comms, configs, buffers, strict=True)
     ]
 

@@ -104,13 +104,6 @@ class Geometry:
         )
 
 
-def default_geometry(ranks: int) -> Geometry:
-    """What ships for a number of ranks: with more of them, fewer and shorter channels for the same memory."""
-    if ranks <= 2:
-        return Geometry()
-    return Geometry(push_channels=128 if ranks <= 4 else 64, tile_channels=132, part_bytes=65536)
-
-
 @functools.cache
 def library() -> Any:
     """The loaded GPU library with its signatures, or NativeError with the reason."""

@@ -1,24 +1,36 @@
-"""Which path runs for which size: a table for speed, written by ``detinfer bench collectives --tune`` on a machine.
+"""Which path runs for which size between GPUs: a table for speed, which ``detinfer bench collectives-cuda --tune`` writes.
 
-Every path gives the same bits, so a table may say anything; all ranks must have the same one.
+Every path gives the same bits, so a table may say anything; all ranks must have the same one. The first that is there is
+taken: the file named by ``$DETINFER_CUDA_PATHS``, the user's for this GPU and number of ranks (``user_file``), the one
+that ships (``cuda_paths.json``).
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from detinfer.collectives.cuda_native import Geometry
 from detinfer.errors import UsageError
 
-_KNOWN = {
+VARIABLE = "DETINFER_CUDA_PATHS"
+"""Path of a table to use in place of the user's and of the one that ships."""
+
+FORMAT = "detinfer collective paths 1"
+
+KNOWN = {
     "all_reduce": ("push", "push_tiles", "pull", "two_shot"),
     "reduce_scatter": ("push", "two_shot"),
     "all_gather": ("push", "push_tiles"),
     "all_reduce_rms_norm": ("push", "push_tiles", "pull", "two_shot"),
 }
-"""The paths of each collective; the last of each takes any size."""
+"""The paths of each collective; all but push take any size."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +52,30 @@ class Paths:
                 return last
         raise UsageError(f"no paths are given for {collective}")
 
+    def within(self, geometry: Geometry) -> Paths:
+        """The same, with push no further than a communicator of ``geometry`` holds."""
+        most = geometry.push_channels * geometry.push_bytes
+        return Paths(
+            tuple(
+                (name, tuple((min(up_to, most) if path == "push" else up_to, path) for up_to, path in steps), last)
+                for name, steps, last in self.steps
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Paths and geometry for a number of ranks, and where they are from."""
+
+    origin: str
+    geometry: Geometry
+    paths: Paths
+
 
 def make(table: Mapping[str, Mapping[str, object]]) -> Paths:
     """Paths of ``{"all_reduce": {"up_to": [[65536, "push"]], "above": "two_shot"}, ...}``."""
     steps = []
-    for name, known in _KNOWN.items():
+    for name, known in KNOWN.items():
         try:
             entry = table[name]
             pairs = tuple((int(most), str(path)) for most, path in entry["up_to"])  # type: ignore[attr-defined]
@@ -60,29 +91,61 @@ def make(table: Mapping[str, Mapping[str, object]]) -> Paths:
     return Paths(tuple(steps))
 
 
-def read(path: Path) -> Paths:
-    """Paths of a JSON file; UsageError names what is wrong with it."""
+def _tuned(entry: Mapping[str, Any], origin: str) -> Tuned:
+    known = {field.name: field.type for field in fields(Geometry)}
+    given = entry.get("geometry", {})
+    if not isinstance(given, dict) or not isinstance(entry.get("paths"), dict):
+        raise UsageError("table of paths: geometry and paths have to be objects")
+    for name, value in given.items():
+        if name not in known or isinstance(value, bool) != (known[name] == "bool") or not isinstance(value, int):
+            raise UsageError(f"table of paths: geometry has {name!r}: {value!r}; it has {', '.join(known)}")
+    return Tuned(origin, Geometry(**given), make(entry["paths"]))
+
+
+def read(path: Path, gpu: str, ranks: int) -> Tuned:
+    """The table in a file; UsageError names what is wrong with it, another GPU or number of ranks included."""
     try:
-        return make(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"table of paths {path}: {error}") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UsageError(f"it is no table of paths: its format is not {FORMAT!r}")
+        made = content.get("environment", {})
+        if (made.get("gpu"), made.get("ranks")) != (gpu, ranks):
+            raise UsageError(
+                f"it was made for {made.get('ranks')} x {made.get('gpu')}, here are {ranks} x {gpu}: make one with "
+                f"detinfer bench collectives-cuda --tune --ranks {ranks}"
+            )
+        return _tuned(content, str(path))
+    except (OSError, ValueError, AttributeError, UsageError) as error:
+        raise UsageError(f"table of paths {path}: {error}; remove the file to use what ships") from None
 
 
-def default_paths(ranks: int) -> Paths:
-    """What ships: for two ranks measured on two H200, for more a guess that nothing has measured."""
-    kib, mib = 1 << 10, 1 << 20
-    if ranks == 2:
-        push = 512 * kib
-        all_reduce = {"up_to": [[push, "push"], [4 * mib, "push_tiles"], [64 * mib, "two_shot"]], "above": "push_tiles"}
-        norm = {"up_to": [[push, "push"], [2 * mib, "push_tiles"], [64 * mib, "two_shot"]], "above": "push_tiles"}
-    else:
-        push, middle = (128 * kib, 512 * kib) if ranks <= 4 else (64 * kib, 128 * kib)
-        all_reduce = norm = {"up_to": [[push, "push"], [middle, "push_tiles"]], "above": "two_shot"}
-    return make(
-        {
-            "all_reduce": all_reduce,
-            "all_reduce_rms_norm": norm,
-            "reduce_scatter": {"up_to": [[push, "push"]], "above": "two_shot"},
-            "all_gather": {"up_to": [[push, "push"]], "above": "push_tiles"},
-        }
-    )
+def write(path: Path, environment: Mapping[str, object], tuned: Tuned, measured: object = None) -> None:
+    """A table for ``read``; ``environment`` has ``gpu`` and ``ranks``, ``measured`` is kept beside it to be looked at."""
+    paths = {name: {"up_to": [list(step) for step in steps], "above": last} for name, steps, last in tuned.paths.steps}
+    content = {"format": FORMAT, "environment": environment, "geometry": asdict(tuned.geometry), "paths": paths}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content if measured is None else {**content, "measured": measured}, indent=1)
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(text + "\n", encoding="utf-8")
+    beside.replace(path)  # a rank that reads at this moment sees the old table or the new one
+
+
+def user_file(gpu: str, ranks: int) -> Path:
+    """Where the user's table for a GPU and a number of ranks lies: in ``$XDG_CONFIG_HOME/detinfer``, else ~/.config."""
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "detinfer" / "paths"
+    return folder / f"{re.sub('[^A-Za-z0-9]+', '-', gpu).strip('-').lower()}-{ranks}.json"
+
+
+def chosen(gpu: str, ranks: int) -> Tuned:
+    """The table for ``ranks`` GPUs of this name. Raises UsageError for a file that is there and cannot be used."""
+    if named := os.environ.get(VARIABLE):
+        return read(Path(named), gpu, ranks)
+    mine = user_file(gpu, ranks)
+    return read(mine, gpu, ranks) if mine.exists() else shipped(ranks)
+
+
+@functools.cache
+def shipped(ranks: int) -> Tuned:
+    """The table that ships for a number of ranks; ``origin`` says whether it was measured."""
+    entry = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))[str(ranks)]
+    return _tuned(entry, f"what ships, {entry['from']}")
