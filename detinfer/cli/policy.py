@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from detinfer.policy import Accepted, Decision, explain
+from detinfer.policy.aiter import explain_aiter
 from detinfer.policy.configured import configured
 from detinfer.policy.dispatch import explain_dispatch
 from detinfer.policy.listing_collectives import explain_collectives
@@ -26,7 +27,7 @@ def policy() -> None:
 def explain_command(as_json: bool, scope: str | None, allow: tuple[str, ...]) -> None:
     """Print every operation and path with its decision and the reason; makes every proof."""
     found, origins = configured(scope=scope, allow=allow or None)
-    decisions = [*explain(found), *explain_collectives(found), *explain_dispatch()]
+    decisions = [*explain(found), *explain_collectives(found), *explain_dispatch(), *explain_aiter()]
     switches = read_switches(found)
     if as_json:
         rows = [decision.to_json() for decision in decisions]

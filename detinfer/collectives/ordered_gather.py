@@ -34,14 +34,14 @@ def reduce_gathered(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:
         found = parts[0]
         for part in parts[1:]:
             found = _extreme(found, part, op == "max")
-        return _canonical(found)
+        return canonical_nan(found)
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     total = parts[0].to(wide)
     for part in parts[1:]:
         total = total + part.to(wide)
     if op == "avg":
         total = total / len(parts)
-    return _canonical(total.to(dtype))
+    return canonical_nan(total.to(dtype))
 
 
 def _extreme(a: torch.Tensor, b: torch.Tensor, greatest: bool) -> torch.Tensor:
@@ -53,7 +53,8 @@ def _extreme(a: torch.Tensor, b: torch.Tensor, greatest: bool) -> torch.Tensor:
     return torch.where(better, b, a)
 
 
-def _canonical(result: torch.Tensor) -> torch.Tensor:
+def canonical_nan(result: torch.Tensor) -> torch.Tensor:
+    """``result`` with the contract's NaN in the place of any other, float32, bfloat16, float16 and float64 alike."""
     if result.dtype not in _NAN:
         return result
     integers, bits = _NAN[result.dtype]
