@@ -191,7 +191,7 @@ def gpu(device: torch.device | str = "cuda") -> dict[str, str]:
         "driver": _driver(),
         "runtime": f"hip {torch.version.hip}" if torch.version.hip else f"cuda {torch.version.cuda}",
         "cublas": _first_version("nvidia-cublas", f"nvidia-cublas-cu{(torch.version.cuda or '').partition('.')[0]}"),
-        "cudnn": str(torch.backends.cudnn.version()),
+        "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
         "triton": _first_version("triton", "pytorch-triton", "pytorch-triton-rocm"),
     }
     return found | {name: os.environ[name] for name in GPU_VARIABLES if name in os.environ}

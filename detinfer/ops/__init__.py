@@ -1,10 +1,11 @@
-"""The families of operations, and what all of them cover: one table for the policy layer.
+"""The families of operations, and what all of them cover on each kind of device: tables for the policy layer.
 
-A family (``matmul``, ``attention``, ``elementwise``, ``rows``) is a module here with
+A family (``matmul``, ``attention``, ``elementwise``, ``rows``; on a GPU ``matmul_cuda``, ...) is a module here with
 
 - ``COVERED``, the operations that it computes in their canonical order, each with its function;
 - ``REDUCES``, those of them that contain a reduction (the others have no order to get wrong);
-- ``prove(op, dtype)``, a bitwise comparison of an operation with ``detinfer.reference`` on this machine.
+- ``prove(op, dtype)``, a bitwise comparison of an operation with ``detinfer.reference`` on this machine;
+- on a GPU, ``PORTABLE``, the dtypes in which its bits are those of ``detinfer.reference``: on CPU all are.
 
 ``elementwise`` also has ``IEEE``, the operations that torch's own kernels compute with one IEEE rounding per element,
 and ``prove_ieee(op, dtype)``. Operations are spelled as torch names them: ``aten::silu``, ``aten::mean.dim``; an
@@ -24,6 +25,11 @@ import torch
 
 FAMILIES = ("matmul", "attention", "elementwise", "rows")
 
+FAMILIES_ON: dict[str, tuple[str, ...]] = {"cpu": FAMILIES, "cuda": ()}
+"""The families of each kind of device."""
+
+_IEEE_HOME = {"cpu": "elementwise", "cuda": "elementwise_cuda"}
+
 
 @dataclass(frozen=True)
 class Covered:
@@ -33,6 +39,8 @@ class Covered:
     family: str
     function: Callable[..., Any]
     reduces: bool
+    portable: frozenset[torch.dtype] | None = None
+    """The dtypes in which its bits are the same on every machine; None: in all of them."""
 
 
 def family(name: str) -> ModuleType:
@@ -41,30 +49,32 @@ def family(name: str) -> ModuleType:
 
 
 @functools.cache
-def covered() -> Mapping[str, Covered]:
-    """Every covered operation by name, in the order of the families."""
+def covered(device: str = "cpu") -> Mapping[str, Covered]:
+    """Every covered operation on a kind of device by name, in the order of the families."""
     table: dict[str, Covered] = {}
-    for name in FAMILIES:
+    for name in FAMILIES_ON[device]:
         module = family(name)
+        portable = None if device == "cpu" else frozenset(module.PORTABLE)
         for op, function in module.COVERED.items():
             if op in table:
                 raise RuntimeError(f"{op} is covered by {table[op].family} and by {name}: one of them has to go")
-            table[op] = Covered(op, name, function, op in module.REDUCES)
+            table[op] = Covered(op, name, function, op in module.REDUCES, portable)
     return MappingProxyType(table)
 
 
 @functools.cache
-def ieee_operations() -> frozenset[str]:
+def ieee_operations(device: str = "cpu") -> frozenset[str]:
     """Operations that torch's own kernels compute with one IEEE rounding per element."""
-    return frozenset(family("elementwise").IEEE)
+    home = _IEEE_HOME[device]
+    return frozenset(family(home).IEEE) if home in FAMILIES_ON[device] else frozenset()
 
 
-def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
+def prove(op: str, dtype: torch.dtype, device: str = "cpu") -> tuple[int, bytes]:
     """Compare ``op`` with its reference on this machine: how many results were compared, and their bytes.
 
     Raises Diverged with the first mismatch, UnsupportedDtype for a dtype without a canonical order.
     """
-    found = covered().get(op)
-    name, proof = (found.family, "prove") if found is not None else ("elementwise", "prove_ieee")
+    found = covered(device).get(op)
+    name, proof = (found.family, "prove") if found is not None else (_IEEE_HOME[device], "prove_ieee")
     cases, results = getattr(family(name), proof)(op, dtype)
     return cases, results

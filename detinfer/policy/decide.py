@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,7 +30,7 @@ from detinfer.policy.policy import Accepted, Decision, Policy, Proof, Refused
 from detinfer.policy.variants import ARANGE, SCALED, SUMS, WHOLE_STEPS
 
 TORCH = "torch"
-"""The path of torch's own kernels."""
+"""The path of torch's own kernels on CPU; elsewhere the kind of device follows: ``torch/cuda``."""
 
 MOVES = "moves bytes and computes nothing"
 """The reason for copies."""
@@ -45,27 +45,38 @@ _QUANTISED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2,
 
 @dataclass(frozen=True)
 class Family:
-    """A covered operation as a decision sees it: ``op`` is the one that is proved, ``path`` where it runs."""
+    """A covered operation as a decision sees it: ``op`` is the one that is proved, ``path`` where it runs.
+
+    ``portable`` are the dtypes in which its bits are the same on every machine; None: in all of them.
+    """
 
     op: str
     path: str
     reduces: bool
+    portable: frozenset[torch.dtype] | None = None
 
 
 @dataclass(frozen=True)
 class Known:
-    """What decisions are made from.
+    """What decisions about operations on one kind of device are made from.
 
     ``covered`` holds every covered operation, in-place and ``out`` forms included (they name the operation whose
     proof stands for them); ``ieee`` the operations whose torch kernels round once per element; ``prove`` gives the
     proof of an operation for a dtype, or the reason why there is none; ``random`` says which operations draw random
-    numbers.
+    numbers. ``elsewhere`` holds the same for other kinds of device.
     """
 
     covered: Mapping[str, Family]
     ieee: Mapping[str, str]
     prove: Callable[[str, torch.dtype], Proof | Refused]
     random: Callable[[str], bool]
+    device: str = "cpu"
+    elsewhere: Mapping[str, Known] = field(default_factory=dict)
+
+    @property
+    def torch_path(self) -> str:
+        """The path of torch's own kernels on this kind of device."""
+        return TORCH if self.device == "cpu" else f"{TORCH}/{self.device}"
 
 
 def decide(
@@ -91,7 +102,7 @@ def decide(
     else:
         decision = _decide(policy, op, dtypes, known, variant)
     if isinstance(decision, Refused) and op in policy.allow and policy.guarantee.scope != "tp":
-        decision = Accepted(op, TORCH, f"allowed by the policy; otherwise: {decision.reason}")
+        decision = Accepted(op, known.torch_path, f"allowed by the policy; otherwise: {decision.reason}")
     if isinstance(decision, Accepted) and policy.guarantee.place == "portable" and not decision.portable:
         decision = Refused(op, decision.path, "its bits are not portable: use place 'here', or leave the operation out")
     return decision
@@ -99,44 +110,51 @@ def decide(
 
 def _decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Known, variant: str) -> Decision:
     if policy.guarantee.scope == "tp":
-        return Refused(op, TORCH, refusals.TENSOR_PARALLEL)
+        return Refused(op, known.torch_path, refusals.TENSOR_PARALLEL)
     if op in BETWEEN_RANKS:
-        return Accepted(op, TORCH, MOVES, portable=True)
+        return Accepted(op, known.torch_path, MOVES, portable=True)
     floating = tuple(d for d in dtypes if d.is_floating_point or d.is_complex)
     family = known.covered.get(op)
     if family is not None and floating:
-        return _proved(op, family.op, family.path, "canonical order", floating, known)
+        return _proved(op, family.op, family.path, "canonical order", floating, known, family.portable)
     if known.random(op):
-        return Refused(op, TORCH, refusals.random(op))
+        return Refused(op, known.torch_path, refusals.random(op))
     if quantised := [d for d in dtypes if d in _QUANTISED]:
-        return Refused(op, TORCH, refusals.dtype(quantised))
+        return Refused(op, known.torch_path, refusals.dtype(quantised, known.device))
     if not floating and op.partition("::")[0] in _TORCH_OWN:
-        return Accepted(op, TORCH, "integers and booleans: exact in any order", portable=True)
+        return Accepted(op, known.torch_path, "integers and booleans: exact in any order", portable=True)
     if op in COPIES and variant != SUMS:
         if not casts(op, dtypes):
-            return Accepted(op, TORCH, MOVES, portable=True)
-        return _proved(op, CAST, TORCH, "a cast, one rounding per element", floating, known)
+            return Accepted(op, known.torch_path, MOVES, portable=True)
+        return _proved(op, CAST, known.torch_path, "a cast, one rounding per element", floating, known)
     if op in ARANGE and variant == WHOLE_STEPS:
-        return Accepted(op, TORCH, "whole numbers that its dtype holds exactly", portable=True)
+        return Accepted(op, known.torch_path, "whole numbers that its dtype holds exactly", portable=True)
     if op in known.ieee and variant == SCALED:
-        return Refused(op, TORCH, refusals.SCALED)
+        return Refused(op, known.torch_path, refusals.SCALED)
     if op in known.ieee:
-        return _proved(op, known.ieee[op], TORCH, "one IEEE rounding per element", floating, known)
-    return Refused(op, TORCH, refusals.reason(op))
+        return _proved(op, known.ieee[op], known.torch_path, "one IEEE rounding per element", floating, known)
+    return Refused(op, known.torch_path, refusals.reason(op))
 
 
 def _proved(
-    op: str, subject: str, path: str, why: str, floating: tuple[torch.dtype, ...], known: Known
+    op: str,
+    subject: str,
+    path: str,
+    why: str,
+    floating: tuple[torch.dtype, ...],
+    known: Known,
+    portable: frozenset[torch.dtype] | None = None,
 ) -> Accepted | Refused:
     if unsupported := [d for d in floating if d not in refusals.DTYPES]:
-        return Refused(op, path, refusals.dtype(unsupported))
+        return Refused(op, path, refusals.dtype(unsupported, known.device))
     proofs: list[Proof] = []
     for dtype in floating:
         proof = known.prove(subject, dtype)
         if isinstance(proof, Refused):
             return Refused(op, path, proof.reason)
         proofs.append(proof)
-    return Accepted(op, path, why, _joined(proofs), portable=True)
+    everywhere = portable is None or portable.issuperset(floating)
+    return Accepted(op, path, why, _joined(proofs), portable=everywhere)
 
 
 def _joined(proofs: list[Proof]) -> Proof:

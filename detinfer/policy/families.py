@@ -1,10 +1,10 @@
-"""What the policy runs on: the functions of the families, with what decisions need to know about them."""
+"""What the policy runs on: the functions of the families on each kind of device, with what decisions need to know."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -19,15 +19,18 @@ from detinfer.policy.policy import Proof, Refused
 
 @dataclass(frozen=True, eq=False)
 class Families:
-    """Covered operations with their functions, the IEEE operations, and how both are proved.
+    """Covered operations of one kind of device with their functions, the IEEE operations, and how both are proved.
 
-    ``level`` names the instruction set in use: a proof holds for that one only.
+    ``level`` names the instruction set in use (on a GPU: the GPU): a proof holds for that one only. ``elsewhere`` holds
+    the families of other kinds of device, by torch's names for these (``cuda``).
     """
 
     covered: Mapping[str, Covered]
     ieee: frozenset[str]
     prove: Callable[[str, torch.dtype], Proof | Refused]
     level: Callable[[], bytes]
+    device: str = "cpu"
+    elsewhere: Mapping[str, Families] = field(default_factory=dict)
 
     @functools.cached_property
     def known(self) -> Known:
@@ -36,20 +39,37 @@ class Families:
         ieee: dict[str, str] = {}
         for op, found in self.covered.items():
             for overload in forms(op):
-                covered.setdefault(overload.name, Family(op, f"csrc/{found.family}", found.reduces))
+                covered.setdefault(overload.name, self._family(op, found))
         for op in sorted(self.ieee):
             for overload in forms(op):
                 ieee.setdefault(overload.name, op)
         # An operation that is listed itself is proved itself.
-        covered |= {op: Family(op, f"csrc/{found.family}", found.reduces) for op, found in self.covered.items()}
+        covered |= {op: self._family(op, found) for op, found in self.covered.items()}
         ieee |= {op: op for op in self.ieee}
-        return Known(MappingProxyType(covered), MappingProxyType(ieee), self.prove, draws)
+        elsewhere = {device: families.known for device, families in self.elsewhere.items()}
+        return Known(
+            MappingProxyType(covered),
+            MappingProxyType(ieee),
+            self.prove,
+            draws,
+            self.device,
+            MappingProxyType(elsewhere),
+        )
+
+    def _family(self, op: str, found: Covered) -> Family:
+        return Family(op, proofs.path(found.family, self.device), found.reduces, found.portable)
 
 
 @functools.cache
 def own() -> Families:
-    """detinfer's own families."""
-    return Families(ops.covered(), ops.ieee_operations(), proofs.prove, proofs.level)
+    """detinfer's own families: of CPU, and of CUDA devices where torch was built for them."""
+    elsewhere = {}
+    if torch.version.cuda is not None:
+        prove = functools.partial(proofs.prove, device="cuda")
+        elsewhere["cuda"] = Families(
+            ops.covered("cuda"), ops.ieee_operations("cuda"), prove, proofs.gpu_level, device="cuda"
+        )
+    return Families(ops.covered(), ops.ieee_operations(), proofs.prove, proofs.level, elsewhere=elsewhere)
 
 
 @functools.cache

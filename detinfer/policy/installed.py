@@ -11,21 +11,22 @@ from detinfer.policy.overrides import Overrides
 
 
 class Installed:
-    """Both kinds of overrides, until ``remove``."""
+    """Overrides for every kind of device and those of collectives, until ``remove``."""
 
     def __init__(self, families: Families) -> None:
         self.families = families
-        self._parts: list[Any] = [Overrides(families)]
-        if distributed.is_available():
-            from detinfer.policy.distributed import Distributed
+        self._parts: list[Any] = []
+        try:
+            self._parts += map(Overrides, (families, *families.elsewhere.values()))
+            if distributed.is_available():
+                from detinfer.policy.distributed import Distributed
 
-            try:
                 self._parts.append(Distributed(families.known))
-            except BaseException:
-                self.remove()
-                raise
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
-        """Take both out."""
+        """Take all of them out."""
         for part in reversed(self._parts):
             part.remove()

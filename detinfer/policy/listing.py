@@ -8,7 +8,7 @@ import torch
 
 from detinfer.policy import refusals
 from detinfer.policy.copies import CAST, COPIES
-from detinfer.policy.decide import decide
+from detinfer.policy.decide import Known, decide
 from detinfer.policy.families import Families, own
 from detinfer.policy.policy import Decision, Policy
 
@@ -17,11 +17,20 @@ def explain(
     policy: Policy, dtypes: Sequence[torch.dtype] = refusals.DTYPES, *, families: Families | None = None
 ) -> list[Decision]:
     """What ``policy`` decides on ``dtypes`` for every operation that is covered, IEEE, a copy, allowed or known to be
-    refused, in this order; makes every proof that has not been made yet (milliseconds each).
+    refused, in this order; makes every proof that has not been made yet (milliseconds each). Operations on CPU first, then
+    those on a GPU, if there is one.
 
     A decision that is the same for all ``dtypes`` is listed once.
     """
     known = (families or own()).known
+    found = _explain(policy, dtypes, known)
+    for device, there in known.elsewhere.items():
+        if device != "cuda" or torch.cuda.is_available():
+            found += _explain(policy, dtypes, there)
+    return found
+
+
+def _explain(policy: Policy, dtypes: Sequence[torch.dtype], known: Known) -> list[Decision]:
     computing = [op for op in (*known.covered, *known.ieee) if op not in COPIES]
     rest = [op for op in (*policy.allow, *refusals.EXAMPLES) if op not in known.covered and op not in known.ieee]
     found: dict[tuple[str, Decision], Decision] = {}

@@ -1,4 +1,4 @@
-"""Covered operations put in the place of torch's CPU kernels, for the whole process, until they are taken out.
+"""Covered operations put in the place of torch's kernels on one kind of device, for the whole process, until removed.
 
 One ``torch.library.Library`` holds them all. An override proves its path before the first call of each dtype, and
 hands a call that its function does not take (its tensors are all integers) to the kernel that it stands in front of.
@@ -25,10 +25,11 @@ from detinfer.policy.state import STATE
 
 
 class Overrides:
-    """Every form of every covered operation, installed for the dispatcher's CPU key until ``remove``."""
+    """Every form of every covered operation, installed for the dispatcher's key of their device until ``remove``."""
 
     def __init__(self, families: Families) -> None:
         self.families = families
+        key = torch._C._dispatch_key_for_device(families.device)
         library: Any = torch.library.Library  # untyped in torch
         self._library = library("aten", "IMPL")
         try:
@@ -39,16 +40,16 @@ class Overrides:
                     for overload in forms(op):
                         if overload.name != op and overload.name in families.covered:
                             continue  # the family has a function of its own for this form
-                        original = torch.library.get_kernel(overload.name, "CPU")
+                        original = torch.library.get_kernel(overload.name, key)
                         call = _override(overload.name, adapt(found.function, overload), original, families)
                         name = overload.name.removeprefix("aten::")
-                        self._library.impl(name, call, "CPU", with_keyset=True, allow_override=True)
+                        self._library.impl(name, call, key, with_keyset=True, allow_override=True)
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
-        """Give the CPU key back to torch's own kernels."""
+        """Give the key back to torch's own kernels."""
         self._library._destroy()
 
 

@@ -9,7 +9,7 @@ import torch
 from detinfer.bits import dtype_name
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""The floating-point dtypes that the contract has orders for on CPU."""
+"""The floating-point dtypes that the contract has orders for."""
 
 _SCATTERED = "adds where its indices point, in the order in which they come; use one_hot and matmul, or sum the pieces"
 _RUNNING = "is a running sum, whose order depends on how the tensor is cut; compute it in integers"
@@ -95,10 +95,10 @@ def random(op: str) -> str:
     )
 
 
-def dtype(dtypes: Sequence[torch.dtype]) -> str:
-    """The reason for a dtype without a canonical order."""
+def dtype(dtypes: Sequence[torch.dtype], device: str = "cpu") -> str:
+    """The reason for a dtype without a canonical order on a kind of device."""
     names = ", ".join(dtype_name(d) for d in dtypes)
-    return f"{names} has no canonical order on CPU: convert to float32, bfloat16 or float16 first"
+    return f"{names} has no canonical order on {device.upper()}: convert to float32, bfloat16 or float16 first"
 
 
 SCALED = "torch fuses alpha * other into the sum on some machines and not on others: multiply first, then add"
@@ -107,7 +107,15 @@ FROM_INTEGERS = "it makes floating point of integers on a path that no proof cov
 
 TENSOR_PARALLEL = "scope 'tp' is not built in this version: use scope 'batch' on one process"
 
-ON_CPU = "a tensor is {what}, and this version keeps its promise for dense tensors on CPU only: move the model to CPU"
+ELSEWHERE = (
+    "a tensor is {what}, and this version keeps its promise for dense tensors on CPU and on CUDA devices only: move or "
+    "convert it"
+)
+
+CAPTURED = (
+    "it is not proved yet, and a proof cannot be made while a CUDA graph is being captured: run the same code once inside "
+    "the policy before the capture"
+)
 
 
 def message(what: str, why: str, where: str = "") -> str:

@@ -6,7 +6,7 @@ Library overrides are process-wide, so this is too. Everything else is a value o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any, Protocol
@@ -100,12 +100,20 @@ class State:
                     torch._C._DisableTorchDispatch(),
                     torch._C.DisableTorchFunction(),
                     torch.autocast("cpu", enabled=False),
+                    _plain_cuda(),
                     torch.no_grad(),
                 ):
                     yield
             finally:
                 torch.set_default_dtype(dtype)
                 self.proving = before
+
+
+def _plain_cuda() -> AbstractContextManager[Any]:
+    """No autocast on GPUs, where this process uses any: the switch warns where there is none."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return nullcontext()
+    return torch.autocast("cuda", enabled=False)
 
 
 STATE = State()

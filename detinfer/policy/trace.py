@@ -6,7 +6,7 @@ microseconds per call, so a sweep that was traced once may run its later trials 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,14 @@ from detinfer.policy.calls import Call, cooked, raw
 from detinfer.policy.collectives import COVERED, FORWARDS
 from detinfer.policy.decide import Known, decide
 from detinfer.policy.policy import Decision, Policy, Refused
-from detinfer.policy.refusals import ON_CPU, message
+from detinfer.policy.refusals import ELSEWHERE, message
 from detinfer.policy.variants import VARIES, variant
 
 Key = tuple[str, tuple[torch.dtype, ...]]
-"""An operation and the dtypes of its tensors (and of the result, where one was asked for), each once."""
+"""An operation and the dtypes of its tensors (and of the result, where one was asked for), each once.
+
+On another device than CPU the operation is followed by the kind of device: ``aten::mm on cuda``.
+"""
 
 OnCall = Callable[[str, tuple[Any, ...], dict[str, Any], Decision], None]
 """Called with an operation's name, its arguments and the decision, just before it runs."""
@@ -56,9 +59,9 @@ class _Operation:
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Decides every operation that the entering thread calls on CPU tensors; raises RefusedError.
+    """Decides every operation that the entering thread calls, by the device of its tensors; raises RefusedError.
 
-    Tensors that hold no values (meta, FakeTensor) pass through. ``decisions`` holds what was decided, in order of
+    An operation with tensors on a GPU runs there, whatever else it is given (scalars and indices may be on CPU). Tensors that hold no values (meta, FakeTensor) pass through. ``decisions`` holds what was decided, in order of
     first use. ``where`` gives the place in the model, for a refusal's message.
     """
 
@@ -116,11 +119,16 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs) if fake else NotImplemented
         dtypes: dict[torch.dtype, None] = {}
         wanted: list[torch.dtype] = []
+        known = self._known
         odd = _scan(args, dtypes, wanted) or (_scan(kwargs.values(), dtypes, wanted) if kwargs else None)
         if odd is not None:
             if odd[0].is_meta:
                 return func(*args, **kwargs)
-            raise RefusedError(message(func.name(), ON_CPU.format(what=_place(odd[0])), self._where()))
+            dtypes.clear()
+            wanted.clear()
+            known, odd = self._scan_elsewhere(args, kwargs, dtypes, wanted)
+            if odd is not None:
+                raise RefusedError(message(func.name(), ELSEWHERE.format(what=_place(odd[0])), self._where()))
         operation = self._operations.get(func)
         if operation is None:
             name = func.name()
@@ -128,8 +136,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if operation.collective:
             return func(*args, **kwargs)  # its override knows the group: it decides, and notes it here
         what = variant(operation.name, args, kwargs) if operation.varies else ""
-        key = (what, *wanted, None, *dtypes)
-        kind = operation.kinds.get(key) or self._decide(func, operation, key, what, wanted, dtypes)
+        key = (known.device, what, *wanted, None, *dtypes)
+        kind = operation.kinds.get(key) or self._decide(func, operation, key, what, wanted, dtypes, known)
         if kind.decomposes:
             with self:
                 return func.decompose(*args, **kwargs)
@@ -143,8 +151,19 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._calls[call] = self._calls.get(call, 0) + 1
         result = func(*args, **kwargs)
         if kind.exact:
-            self._check_result(func, operation, kind, result)
+            self._check_result(func, operation, kind, result, known)
         return result
+
+    def _scan_elsewhere(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], dtypes: dict[torch.dtype, None], wanted: list[torch.dtype]
+    ) -> tuple[Known, tuple[Tensor] | None]:
+        """What is known of the device that the call runs on, or the tensor that no promise covers."""
+        devices: set[str] = set()
+        odd = _scan_all(args, dtypes, wanted, devices) or _scan_all(kwargs.values(), dtypes, wanted, devices)
+        devices.discard("cpu")
+        if odd is None and len(devices) == 1 and (known := self._known.elsewhere.get(*devices)) is not None:
+            return known, None
+        return self._known, odd or (next(t for t in _tensors((args, kwargs.values())) if not t.is_cpu),)
 
     def _decide(
         self,
@@ -154,13 +173,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         what: str,
         wanted: Iterable[torch.dtype],
         operands: Iterable[torch.dtype],
+        known: Known,
     ) -> _Kind:
         name, dtypes = operation.name, tuple(dict.fromkeys((*operands, *wanted)))
-        decision = decide(self._policy, name, dtypes, self._known, variant=what)
-        family = self._known.covered.get(name)
+        decision = decide(self._policy, name, dtypes, known, variant=what)
+        family = known.covered.get(name)
         refused, floating = isinstance(decision, Refused), any(map(_floating, dtypes))
         operation.kinds[key] = kind = _Kind(
-            key=(name, dtypes),
+            key=(name if known.device == "cpu" else f"{name} on {known.device}", dtypes),
             decision=decision,
             refused=refused,
             reduces=family is not None and family.reduces and floating,
@@ -172,19 +192,21 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.decisions[kind.key] = decision
         return kind
 
-    def _check_result(self, func: Any, operation: _Operation, kind: _Kind, result: Any) -> None:
+    def _check_result(self, func: Any, operation: _Operation, kind: _Kind, result: Any, known: Known) -> None:
         """Integers in, floating point out: another question, whose answer depends on the result's dtype."""
         if not isinstance(result, Tensor) or not _floating(result.dtype):
             return
         dtypes = kind.key[1]
-        key = (kind.variant, "result", result.dtype, *dtypes)
-        found = operation.kinds.get(key) or self._decide(func, operation, key, kind.variant, [result.dtype], dtypes)
+        key = (known.device, kind.variant, "result", result.dtype, *dtypes)
+        found = operation.kinds.get(key) or self._decide(
+            func, operation, key, kind.variant, [result.dtype], dtypes, known
+        )
         if found.refused:
             raise self._refusal(found)
 
     def _refusal(self, kind: _Kind) -> RefusedError:
         op, dtypes = kind.key
-        on = f" on {', '.join(map(dtype_name, dtypes))}" if dtypes else ""
+        on = f"{', ' if ' on ' in op else ' on '}{', '.join(map(dtype_name, dtypes))}" if dtypes else ""
         return RefusedError(message(op + on, kind.decision.reason, self._where()))
 
 
@@ -206,6 +228,34 @@ def _scan(values: Iterable[Any], dtypes: dict[torch.dtype, None], wanted: list[t
         elif isinstance(a, torch.dtype):
             wanted.append(a)
     return None
+
+
+def _scan_all(
+    values: Iterable[Any], dtypes: dict[torch.dtype, None], wanted: list[torch.dtype], devices: set[str]
+) -> tuple[Tensor] | None:
+    """``_scan`` for tensors on any device, whose kinds it notes; returns the first tensor that is not dense."""
+    for a in values:
+        if type(a) in _PLAIN:
+            continue
+        if isinstance(a, Tensor):
+            if a.layout is not torch.strided:
+                return (a,)
+            devices.add("cuda" if a.is_cuda else a.device.type)
+            dtypes[a.dtype] = None
+        elif isinstance(a, list | tuple):
+            if (odd := _scan_all(a, dtypes, wanted, devices)) is not None:
+                return odd
+        elif isinstance(a, torch.dtype):
+            wanted.append(a)
+    return None
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for a in values:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, Iterable) and not isinstance(a, str):
+            yield from _tensors(a)
 
 
 def _floating(dtype: torch.dtype) -> bool:

@@ -38,11 +38,11 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Table]:
     results = Table()
     covered = MappingProxyType({"aten::mean.dim": Covered("aten::mean.dim", "rows", lambda: None, True)})
     monkeypatch.setattr(ops, "prove", results.prove)
-    monkeypatch.setattr(ops, "covered", lambda: covered)
+    monkeypatch.setattr(ops, "covered", lambda device: covered)
     monkeypatch.setattr(proofs, "level", lambda: b"avx2")
-    proofs._prove.cache_clear()
+    proofs._made.clear()
     yield results
-    proofs._prove.cache_clear()
+    proofs._made.clear()
 
 
 def test_a_proof_holds_count_and_digest(table: Table) -> None:
