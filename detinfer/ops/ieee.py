@@ -65,8 +65,8 @@ Truth = Callable[[Any, Any], Any]
 Case = tuple[Arguments, Truth]
 
 
-def prove_ieee(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
-    """Compare torch's own result with IEEE arithmetic; (results compared, their bytes).
+def prove_ieee(op: str, dtype: torch.dtype, device: str = "cpu") -> tuple[int, bytes]:
+    """Compare torch's own result on ``device`` with IEEE arithmetic; (results compared, their bytes).
 
     Raises Diverged with the first mismatch, RefusedError for an operation that is neither in ``IEEE`` nor in ``MOVES``.
     """
@@ -78,23 +78,23 @@ def prove_ieee(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
     call = getattr(getattr(torch.ops.aten, name), overload or "default")
     with np.errstate(all="ignore"):
         if op in _FIRST:
-            _prove_first(call, name, overload, dtype, evidence)
+            _prove_first(call, name, overload, dtype, evidence, device)
         elif op == _CAST:
-            _prove_cast(call, dtype, evidence)
+            _prove_cast(call, dtype, evidence, device)
         else:
-            for arguments, truth in _cases(op, name, overload, dtype):
-                _prove_elements(call, arguments, truth, dtype, evidence)
+            for arguments, truth in _cases(op, name, overload, dtype, device):
+                _prove_elements(call, arguments, truth, dtype, evidence, device)
     return evidence.total()
 
 
-def _cases(op: str, name: str, overload: str, dtype: torch.dtype) -> list[Case]:
+def _cases(op: str, name: str, overload: str, dtype: torch.dtype, device: str) -> list[Case]:
     """Each way of calling the operation: its arguments made from two tensors, and the truth from their values."""
     if op in _UNARY:
         return [(lambda x, y: (x,), lambda x, y: reference.UNARY[name](x))]
     tensors: list[Case] = [(lambda x, y: (x, y), reference.BINARY[name])] if op in _BINARY else []
     if op in _BINARY or op in _WITH_SCALAR:
         over = SCALARS if op in _WITH_SCALAR or op in _OVER_SCALARS else ()
-        return tensors + [_with_scalar(name, scalar, dtype) for scalar in over]
+        return tensors + [_with_scalar(name, scalar, dtype, device) for scalar in over]
     low, high, tenth = _rounded(-0.1, dtype), _rounded(0.3, dtype), np.float32(0.1)
 
     def between(x: Any, y: Any) -> Any:
@@ -121,7 +121,10 @@ def _cases(op: str, name: str, overload: str, dtype: torch.dtype) -> list[Case]:
     return table[name]
 
 
-def _with_scalar(name: str, scalar: float, dtype: torch.dtype) -> Case:
+def _with_scalar(name: str, scalar: float, dtype: torch.dtype, device: str) -> Case:
+    if device != "cpu" and name == "div":
+        inverse = np.float32(1) / np.float32(scalar)
+        return lambda x, y: (x, scalar), lambda x, y: x * inverse  # torch's CUDA kernel multiplies
     kept = np.float32(scalar) if name in _KEEPS_SCALAR else _rounded(scalar, dtype)
     return lambda x, y: (x, scalar), lambda x, y: reference.BINARY[name](x, kept)
 
@@ -131,10 +134,16 @@ def _rounded(value: float, dtype: torch.dtype) -> Any:
 
 
 def _prove_elements(
-    call: Callable[..., torch.Tensor], arguments: Arguments, truth: Truth, dtype: torch.dtype, evidence: Evidence
+    call: Callable[..., torch.Tensor],
+    arguments: Arguments,
+    truth: Truth,
+    dtype: torch.dtype,
+    evidence: Evidence,
+    device: str,
 ) -> None:
     x, y = _operands(dtype)
     values = values_of(x), values_of(y)
+    x, y = x.to(device), y.to(device)
 
     def check(a: torch.Tensor, b: torch.Tensor, expected: torch.Tensor, where: str) -> None:
         evidence.expect(_one_nan(call(*arguments(a, b))), _packed(expected), where)
@@ -169,8 +178,8 @@ def _stored(truth: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _one_nan(result: torch.Tensor) -> torch.Tensor:
-    """The result with every NaN made the canonical one: payloads are not part of the claim."""
-    result = _packed(result)
+    """The result on CPU with every NaN made the canonical one: payloads are not part of the claim."""
+    result = _packed(result).cpu()
     if not result.is_floating_point():
         return result
     bits = to_bits(result)
@@ -178,7 +187,9 @@ def _one_nan(result: torch.Tensor) -> torch.Tensor:
     return from_bits(np.where(np.isnan(values_of(result)), nan, bits), result.dtype)
 
 
-def _prove_first(call: Callable[..., Any], name: str, overload: str, dtype: torch.dtype, evidence: Evidence) -> None:
+def _prove_first(
+    call: Callable[..., Any], name: str, overload: str, dtype: torch.dtype, evidence: Evidence, device: str
+) -> None:
     # Ties, zeros of both signs and NaN: the first one wins, whichever dimension is searched and however it is cut.
     truth = reference.first_greatest if "max" in name else reference.first_least
     for n in WIDTHS:
@@ -187,7 +198,7 @@ def _prove_first(call: Callable[..., Any], name: str, overload: str, dtype: torc
         zeros = np.where(random.integers(0, 2, (4, n)) == 0, np.float32(-0.0), reference.ZERO)
         holes = np.where(random.integers(0, 5, (4, n)) == 0, np.float32(np.nan), few)
         for values in (few, zeros, holes):
-            x = from_values(values, dtype)
+            x = from_values(values, dtype).to(device)
             index = truth(values)
             for tensor, dim in ((x, 1), (x.t().contiguous(), 0)):
                 got = call(tensor, dim)
@@ -196,20 +207,22 @@ def _prove_first(call: Callable[..., Any], name: str, overload: str, dtype: torc
                     picked = from_values(values[np.arange(4), index], dtype)
                     evidence.expect(_one_nan(got[0]), picked, f"{where}, values")
                     got = got[1]
-                evidence.expect(got, torch.from_numpy(index), f"{where}, index")
+                evidence.expect(got.cpu(), torch.from_numpy(index), f"{where}, index")
 
 
-def _prove_cast(call: Callable[..., torch.Tensor], dtype: torch.dtype, evidence: Evidence) -> None:
+def _prove_cast(call: Callable[..., torch.Tensor], dtype: torch.dtype, evidence: Evidence, device: str) -> None:
     for other in REFERENCE_NAME:
         for source, target in ((dtype, other), (other, dtype)):
             x = every_exponent(source)
             cast = partial(call, dtype=target)
             expected = from_values(values_of(x), target)
+            x = x.to(device)
             for width in WIDTHS:
                 where = f"{source} to {target}, width {width}"
                 evidence.expect(_one_nan(cast(x[-width:])), expected[-width:], where)
                 evidence.expect(_one_nan(cast(x[:width:2])), _packed(expected[:width:2]), f"{where}, strided")
     whole = np.arange(-1000, 1890, dtype=np.int64) * 40503  # beyond fp32's exact integers
     expected = from_values(whole.astype(np.float32), dtype)
-    evidence.expect(call(torch.from_numpy(whole), dtype=dtype), expected, "from int64")
-    evidence.expect(call(torch.from_numpy(whole > 0), dtype=dtype), from_values(whole > 0, dtype), "from bool")
+    evidence.expect(call(torch.from_numpy(whole).to(device), dtype=dtype).cpu(), expected, "from int64")
+    got = call(torch.from_numpy(whole > 0).to(device), dtype=dtype)
+    evidence.expect(got.cpu(), from_values(whole > 0, dtype), "from bool")

@@ -72,7 +72,8 @@ def _floats(x: torch.Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def _ready(x: torch.Tensor, dtype: torch.dtype | None, where: str) -> tuple[torch.Tensor, torch.dtype]:
+def ready(x: torch.Tensor, dtype: torch.dtype | None, where: str) -> tuple[torch.Tensor, torch.dtype]:
+    """(x for a kernel, dtype of the result) of a reduction of ``x`` for which ``dtype`` was asked."""
     # torch converts to the dtype asked for before it reduces; widening to fp32 is exact, and the kernel's own first step.
     out = dtype or x.dtype
     native.dtype_code(out, where)
@@ -83,7 +84,8 @@ def _ready(x: torch.Tensor, dtype: torch.dtype | None, where: str) -> tuple[torc
     return x, out
 
 
-def _dimensions(dim: int | Sequence[int] | None, ndim: int) -> list[int]:
+def dimensions(dim: int | Sequence[int] | None, ndim: int) -> list[int]:
+    """The dimensions named by ``dim``, ascending; all of them for None and the empty list. Errors are torch's own."""
     if dim is None or (not isinstance(dim, int) and len(dim) == 0):
         return list(range(ndim))
     found = []
@@ -146,9 +148,9 @@ def _reduction(
     if not (wanted.is_floating_point or wanted.is_complex):
         return NotImplemented
     where = f"aten::{op}"
-    x, out_dtype = _ready(self, dtype, where)
+    x, out_dtype = ready(self, dtype, where)
     ndim = x.dim()
-    reduced = _dimensions(dim, ndim)
+    reduced = dimensions(dim, ndim)
     if ndim == 0:
         kept: list[int] = []
         reduced = []
@@ -217,8 +219,8 @@ def min_all(self: torch.Tensor) -> Any:
 def _softmax_of(op: str, self: torch.Tensor, dim: int, dtype: torch.dtype | None) -> Any:
     if not _floats(self) and dtype is None:
         return NotImplemented
-    x, out_dtype = _ready(self, dtype, f"aten::{op}")
-    (d,) = _dimensions(dim, x.dim())
+    x, out_dtype = ready(self, dtype, f"aten::{op}")
+    (d,) = dimensions(dim, x.dim())
     last = d >= x.dim() - 1
     x = (x if last else x.movedim(d, -1)).contiguous()
     out = torch.empty(x.shape, dtype=out_dtype)
@@ -300,7 +302,7 @@ def rms_norm(
     if mode not in WEIGHT_MODES or residual_mode not in RESIDUAL_MODES:
         raise UsageError(f"rms_norm: mode {mode!r} is one of {list(WEIGHT_MODES)}, residual_mode one of R, U")
     size = x.shape[-1] if x.dim() else 1
-    args, out, kept = _norm("rms_norm", x, size, weight, None, _EPS if eps is None else eps)
+    args, out, kept = _norm("rms_norm", x, size, weight, None, EPS if eps is None else eps)
     args.weight_mode = WEIGHT_MODES[mode]
     if residual is None:
         _run(args)
@@ -318,10 +320,12 @@ def rms_norm(
     return out, total
 
 
-_EPS = torch.finfo(torch.float32).eps
+EPS = torch.finfo(torch.float32).eps
+"""RMSNorm's eps where none is given, as in torch."""
 
 
-def _row_size(x: torch.Tensor, normalized_shape: Sequence[int], where: str) -> int:
+def row_size(x: torch.Tensor, normalized_shape: Sequence[int], where: str) -> int:
+    """Elements of a row of a norm over the last dimensions ``normalized_shape``."""
     count = len(normalized_shape)
     if count == 0 or list(x.shape[x.dim() - count :]) != list(normalized_shape) or count > x.dim():
         raise RuntimeError(
@@ -354,8 +358,8 @@ def fused_rms_norm(
     """aten::_fused_rms_norm: the norm and r, r in fp32."""
     if not _floats(input):
         return NotImplemented
-    size = _row_size(input, normalized_shape, "aten::rms_norm")
-    args, out, _kept = _norm("rms_norm", input, size, weight, None, _EPS if eps is None else eps)
+    size = row_size(input, normalized_shape, "aten::rms_norm")
+    args, out, _kept = _norm("rms_norm", input, size, weight, None, EPS if eps is None else eps)
     args.weight_mode = WEIGHT_MODES["fp32"]
     rstd = _statistic(input, normalized_shape, torch.float32) if statistic else None
     args.rstd = _pointer(rstd)
@@ -376,7 +380,7 @@ def native_layer_norm(
     """
     if not _floats(input):
         return NotImplemented
-    size = _row_size(input, normalized_shape, "aten::native_layer_norm")
+    size = row_size(input, normalized_shape, "aten::native_layer_norm")
     args, out, _kept = _norm("layer_norm", input, size, weight, bias, eps)
     of = next((v.dtype for v in (weight, bias) if v is not None), input.dtype)
     mean, rstd = (_statistic(input, normalized_shape, of) for _ in range(2))

@@ -72,16 +72,22 @@ def _edges(dtype: torch.dtype) -> torch.Tensor:
     return from_values(rows, dtype)
 
 
-def _vector(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+def vector(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """[n]: weights of both signs, up to 2 in magnitude."""
     random = np.random.default_rng(seed)
     return from_values((random.integers(-(2**23), 2**23, n) / 2**22).astype(np.float32), dtype)
 
 
-def prove(op: str, dtype: torch.dtype, function: Callable[..., Any]) -> tuple[int, bytes]:
-    """Compare ``function`` with the reference of ``op`` on stress rows of odd widths and on rows of special values."""
+def prove(
+    op: str, dtype: torch.dtype, function: Callable[..., Any], statistics: torch.dtype | None = None
+) -> tuple[int, bytes]:
+    """Compare ``function`` with the reference of ``op`` on stress rows of odd widths and on rows of special values.
+
+    ``statistics`` is the dtype of LayerNorm's mean and rstd; that of the rows unless given.
+    """
     evidence = Evidence(op, dtype)
-    kind = op.removeprefix("aten::").removeprefix("_").partition(".")[0]
-    check = {
+    kind = kind_of(op)
+    checks: dict[str, Callable[..., None]] = {
         "sum": _reductions,
         "mean": _reductions,
         "amax": _extremes,
@@ -92,10 +98,15 @@ def prove(op: str, dtype: torch.dtype, function: Callable[..., Any]) -> tuple[in
         "log_softmax": _softmaxes,
         "rms_norm": _rms_norms,
         "fused_rms_norm": _rms_norms,
-        "native_layer_norm": _layer_norms,
-    }[kind]
-    check(op, kind, dtype, function, evidence)
+        "native_layer_norm": functools.partial(_layer_norms, statistics or dtype),
+    }
+    checks[kind](op, kind, dtype, function, evidence)
     return evidence.total()
+
+
+def kind_of(op: str) -> str:
+    """``softmax`` of ``aten::_softmax``, ``sum`` of ``aten::sum.dim_IntList``."""
+    return op.removeprefix("aten::").removeprefix("_").partition(".")[0]
 
 
 def _reductions(op: str, kind: str, dtype: torch.dtype, function: Callable[..., Any], evidence: Evidence) -> None:
@@ -158,7 +169,7 @@ def _rms_norms(op: str, kind: str, dtype: torch.dtype, function: Callable[..., A
     for n in WIDTHS:
         for x in (spread(n, dtype), _edges(dtype)):
             size = x.shape[1]
-            for weight in (_vector(size, dtype, n), None):
+            for weight in (vector(size, dtype, n), None):
                 w = None if weight is None else to_values(weight)
                 y, r = reference.rms_norm(to_values(x), w, 1e-6, "fp32", REFERENCE_NAME[dtype])
                 got = function(x, [size], weight, 1e-6)
@@ -169,16 +180,18 @@ def _rms_norms(op: str, kind: str, dtype: torch.dtype, function: Callable[..., A
                 evidence.expect(got, from_values(y, dtype), where)
 
 
-def _layer_norms(op: str, kind: str, dtype: torch.dtype, function: Callable[..., Any], evidence: Evidence) -> None:
+def _layer_norms(
+    statistics: torch.dtype, op: str, kind: str, dtype: torch.dtype, function: Callable[..., Any], evidence: Evidence
+) -> None:
     for n in WIDTHS:
         for x in (spread(n, dtype), cancelling(n, dtype), _edges(dtype)):
             size = x.shape[1]
-            weight, bias = _vector(size, dtype, n), _vector(size, dtype, n + 1)
+            weight, bias = vector(size, dtype, n), vector(size, dtype, n + 1)
             for w, b in ((weight, bias), (weight, None), (None, None)):
                 expected = reference.layer_norm(
                     to_values(x), None if w is None else to_values(w), None if b is None else to_values(b), 1e-5
                 )
                 got = function(x, [size], w, b, 1e-5)
                 for name, one, truth in zip(("norm", "mean", "rstd"), got, expected, strict=True):
-                    value = truth if name == "norm" else truth[:, None]
-                    evidence.expect(one, from_values(value, dtype), f"width {size}, {name}")
+                    wanted = from_values(truth, dtype) if name == "norm" else from_values(truth[:, None], statistics)
+                    evidence.expect(one, wanted, f"width {size}, {name}")

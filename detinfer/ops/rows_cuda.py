@@ -1,0 +1,338 @@
+"""Reductions along rows on NVIDIA GPUs: the operations of ``rows``, with the same bytes as on CPU.
+
+A row's bits depend on that row alone: row_sum's order comes from the row's length, exp and log are the written-out ones
+of ``detinfer/reference/elementwise.py``. Inputs are fp32, bf16 or fp16 on one CUDA device. Rows may lie apart (a slice
+of a wider tensor); any other layout is copied first. Calls may be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from detinfer import native
+from detinfer.errors import NativeError, UsageError
+from detinfer.ops import rows, rows_cuda_proof
+from detinfer.ops.rows import OPS, RESIDUAL_MODES, WEIGHT_MODES, ResidualMode, WeightMode
+
+_args = struct.Struct("@6i5q8Pd")  # GpuRowsArgs of csrc/rows_gpu.h
+_pack = _args.pack
+_DTYPES = native.DTYPES
+
+
+@functools.cache
+def _function() -> tuple[Callable[[bytes, int], int], Any]:
+    handle = native.gpu_library()
+    if (found := handle.detinfer_gpu_rows_size()) != _args.size:
+        raise NativeError(f"the GPU library's rows takes {found} bytes, this detinfer gives {_args.size}: reinstall it")
+    handle.detinfer_gpu_rows_error.restype = ctypes.c_char_p
+    handle.detinfer_gpu_rows.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
+    return handle.detinfer_gpu_rows, handle.detinfer_gpu_rows_error
+
+
+def _run(args: bytes, device: torch.device) -> None:
+    run, error = _function()
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if device.index == torch._C._cuda_getDevice():
+        status = run(args, stream)
+    else:
+        with torch.cuda.device(device):
+            status = run(args, stream)
+    if status:
+        raise NativeError((error() or b"").decode())
+
+
+def _spaced(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(x or a copy of it, elements from one row to the next): rows of the last dimension, each contiguous."""
+    if x.is_contiguous():
+        return x, x.shape[-1] if x.dim() else 1
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        wanted = None
+        for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+            if size == 1:
+                continue
+            if wanted is None:
+                found = wanted = stride
+            if stride != wanted or stride < x.shape[-1]:
+                break
+            wanted *= size
+        else:
+            return x, x.shape[-1] if wanted is None else found
+    return x.contiguous(), x.shape[-1]
+
+
+def _pointer(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _reduce(
+    op: str, self: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool, dtype: torch.dtype | None
+) -> Any:
+    wanted = dtype or self.dtype
+    if not (wanted.is_floating_point or wanted.is_complex):
+        return NotImplemented
+    where = f"aten::{op}"
+    x, out_dtype = rows.ready(self, dtype, where)
+    ndim = x.dim()
+    reduced = rows.dimensions(dim, ndim) if ndim else []
+    kept = [d for d in range(ndim) if d not in reduced]
+    sizes = x.shape
+    shape = [1 if d in reduced else sizes[d] for d in range(ndim)] if keepdim else [sizes[d] for d in kept]
+    n = math.prod(sizes[d] for d in reduced)
+    if n == 0 and op in ("max", "min"):
+        raise IndexError(f"{where}: no elements to choose from in dimensions {reduced} of {list(sizes)}")
+    inner, step = 1, n
+    if kept and reduced and reduced[0] < kept[-1]:
+        if reduced[-1] - reduced[0] == len(reduced) - 1:  # neighbours: the kernel steps over what follows them
+            inner = math.prod(sizes[reduced[-1] + 1 :])
+        else:
+            x = x.permute(kept + reduced)
+        x = x.contiguous()
+    elif len(reduced) == 1:
+        x, step = _spaced(x)
+    else:
+        x = x.contiguous()
+    out = torch.empty(shape, dtype=out_dtype, device=x.device)
+    head = (OPS[op], _DTYPES[x.dtype], _DTYPES[out_dtype], 0, 0, 0, out.numel(), n, inner, step, 0)
+    _run(_pack(*head, x.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 0, 0, 0.0), x.device)
+    return out
+
+
+def sum_all(self: torch.Tensor, *, dtype: torch.dtype | None = None) -> Any:
+    """aten::sum: all elements as one row; a tensor of no dimensions."""
+    return _reduce("sum", self, None, False, dtype)
+
+
+def sum_dims(
+    self: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """aten::sum.dim_IntList: over one or several dimensions; +0 over no elements."""
+    return _reduce("sum", self, dim, keepdim, dtype)
+
+
+def mean_all(self: torch.Tensor, *, dtype: torch.dtype | None = None) -> Any:
+    """aten::mean: the sum of all elements divided by their number."""
+    return _reduce("mean", self, None, False, dtype)
+
+
+def mean_dims(
+    self: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """aten::mean.dim: over one or several dimensions; NaN over no elements."""
+    return _reduce("mean", self, dim, keepdim, dtype)
+
+
+def amax(self: torch.Tensor, dim: int | Sequence[int] = (), keepdim: bool = False) -> Any:
+    """aten::amax: NaN wins, and +0 is greater than -0."""
+    return _reduce("max", self, dim, keepdim, None)
+
+
+def amin(self: torch.Tensor, dim: int | Sequence[int] = (), keepdim: bool = False) -> Any:
+    """aten::amin: NaN wins, and -0 is less than +0."""
+    return _reduce("min", self, dim, keepdim, None)
+
+
+def max_all(self: torch.Tensor) -> Any:
+    """aten::max: of all elements, as ``amax``."""
+    return _reduce("max", self, None, False, None)
+
+
+def min_all(self: torch.Tensor) -> Any:
+    """aten::min: of all elements, as ``amin``."""
+    return _reduce("min", self, None, False, None)
+
+
+def _softmax_of(op: str, self: torch.Tensor, dim: int, dtype: torch.dtype | None) -> Any:
+    if not (self.is_floating_point() or self.is_complex()) and dtype is None:
+        return NotImplemented
+    x, out_dtype = rows.ready(self, dtype, f"aten::{op}")
+    (d,) = rows.dimensions(dim, x.dim())
+    last = d >= x.dim() - 1
+    x, step = _spaced(x if last else x.movedim(d, -1))
+    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    n = x.shape[-1] if x.dim() else 1
+    head = (OPS[op], _DTYPES[x.dtype], _DTYPES[out_dtype], 0, 0, 0, x.numel() // max(n, 1), n, 1, step, 0)
+    _run(_pack(*head, x.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 0, 0, 0.0), x.device)
+    return out if last else out.movedim(-1, d).contiguous()
+
+
+def softmax(self: torch.Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -> Any:
+    """e^(x - max) / sum over ``dim``; a row of -Inf, or with NaN or +Inf in it, is NaN throughout, as in torch."""
+    return _softmax_of("softmax", self, dim, dtype)
+
+
+def log_softmax(self: torch.Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -> Any:
+    """(x - max) - log(sum of e^(x - max)) over ``dim``."""
+    return _softmax_of("log_softmax", self, dim, dtype)
+
+
+def softmax_core(self: torch.Tensor, dim: int, half_to_float: bool) -> Any:
+    """aten::_softmax; ``half_to_float`` gives fp32."""
+    return _softmax_of("softmax", self, dim, torch.float32 if half_to_float else None)
+
+
+def log_softmax_core(self: torch.Tensor, dim: int, half_to_float: bool) -> Any:
+    """aten::_log_softmax; ``half_to_float`` gives fp32."""
+    return _softmax_of("log_softmax", self, dim, torch.float32 if half_to_float else None)
+
+
+def _norm(
+    op: str,
+    x: torch.Tensor,
+    size: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    flat: int = 1,
+    mode: int = WEIGHT_MODES["fp32"],
+    residual: torch.Tensor | None = None,
+    residual_mode: int = 0,
+    mean: torch.Tensor | None = None,
+    rstd: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(norm, residual_out) of rows of ``size`` elements: the last ``flat`` dimensions of x."""
+    where = f"aten::{op}"
+    code = native.dtype_code(x.dtype, where)
+    step = residual_step = size
+    if flat != 1 or x.dim() == 0:
+        x = x.contiguous()
+    elif not x.is_contiguous():
+        x, step = _spaced(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    weight_code = 0
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is None:
+            continue
+        if values.numel() != size:
+            raise UsageError(f"{where}: {name} has {values.numel()} elements, a row has {size}")
+        if weight is not None and values.dtype != weight.dtype:
+            raise UsageError(f"{where}: weight is {weight.dtype} and bias {values.dtype}; give both the same dtype")
+        if values.device != x.device:
+            raise UsageError(f"{where}: x is on {x.device} and its {name} on {values.device}; put both on one device")
+        weight_code = native.dtype_code(values.dtype, f"{where}, its {name}")
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    total = None
+    if residual is not None:
+        residual, residual_step = _spaced(residual)
+        total = torch.empty_like(out)
+    args = _pack(
+        *(OPS[op], code, code, weight_code, mode, residual_mode, x.numel() // max(size, 1), size, 1, step),
+        *(residual_step, x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(bias), out.data_ptr()),
+        *(_pointer(total), _pointer(mean), _pointer(rstd), eps),
+    )
+    _run(args, x.device)
+    return out, total
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    mode: WeightMode = "fp32",
+    residual: torch.Tensor | None = None,
+    residual_mode: ResidualMode = "R",
+) -> Any:
+    """RMSNorm over the last dimension, or add + RMSNorm where ``residual`` is given: ``rows.rms_norm`` on a GPU."""
+    if mode not in WEIGHT_MODES or residual_mode not in RESIDUAL_MODES:
+        raise UsageError(f"rms_norm: mode {mode!r} is one of {list(WEIGHT_MODES)}, residual_mode one of R, U")
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise UsageError(
+            f"rms_norm: residual is {residual.dtype} {list(residual.shape)} on {residual.device}, "
+            f"x is {x.dtype} {list(x.shape)} on {x.device}; they have to agree"
+        )
+    size = x.shape[-1] if x.dim() else 1
+    found = _norm(
+        *("rms_norm", x, size, weight, None, rows.EPS if eps is None else eps),
+        mode=WEIGHT_MODES[mode],
+        residual=residual,
+        residual_mode=RESIDUAL_MODES[residual_mode],
+    )
+    return found[0] if residual is None else found
+
+
+def rms_norm_aten(
+    input: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
+) -> Any:
+    """aten::rms_norm: weight mode ``fp32``."""
+    result = fused_rms_norm(input, normalized_shape, weight, eps, statistic=False)
+    return result if result is NotImplemented else result[0]
+
+
+def fused_rms_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    eps: float | None,
+    *,
+    statistic: bool = True,
+) -> Any:
+    """aten::_fused_rms_norm: the norm and r, r in fp32."""
+    if not (input.is_floating_point() or input.is_complex()):
+        return NotImplemented
+    size = rows.row_size(input, normalized_shape, "aten::rms_norm")
+    rstd = _statistic(input, normalized_shape, torch.float32) if statistic else None
+    flat = len(normalized_shape)
+    out, _ = _norm("rms_norm", input, size, weight, None, rows.EPS if eps is None else eps, flat=flat, rstd=rstd)
+    return out, rstd
+
+
+def native_layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> Any:
+    """aten::native_layer_norm: (norm, mean, 1 / standard deviation), the last two in fp32 and one element a row.
+
+    torch's CPU kernel gives both in the input's dtype, its CUDA kernel in fp32.
+    """
+    if not (input.is_floating_point() or input.is_complex()):
+        return NotImplemented
+    size = rows.row_size(input, normalized_shape, "aten::native_layer_norm")
+    mean, rstd = (_statistic(input, normalized_shape, torch.float32) for _ in range(2))
+    flat = len(normalized_shape)
+    out, _ = _norm("layer_norm", input, size, weight, bias, eps, flat=flat, mean=mean, rstd=rstd)
+    return out, mean, rstd
+
+
+def _statistic(x: torch.Tensor, normalized_shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    ones = [1] * len(normalized_shape)
+    return torch.empty([*x.shape[: x.dim() - len(ones)], *ones], dtype=dtype, device=x.device)
+
+
+COVERED: dict[str, Callable[..., Any]] = {
+    "aten::sum": sum_all,
+    "aten::sum.dim_IntList": sum_dims,
+    "aten::mean": mean_all,
+    "aten::mean.dim": mean_dims,
+    "aten::amax": amax,
+    "aten::amin": amin,
+    "aten::max": max_all,
+    "aten::min": min_all,
+    "aten::_softmax": softmax_core,
+    "aten::_log_softmax": log_softmax_core,
+    "aten::rms_norm": rms_norm_aten,
+    "aten::_fused_rms_norm": fused_rms_norm,
+    "aten::native_layer_norm": native_layer_norm,
+}
+"""Operations that this family computes on CUDA tensors, each with its function."""
+
+ORDER_FREE = rows.ORDER_FREE
+REDUCES = frozenset(COVERED) - ORDER_FREE
+"""Those that contain a sum."""
+
+
+def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
+    """Compare the GPU's kernel of ``op`` with the reference; (results compared, their bytes), or Diverged."""
+    native.dtype_code(dtype, op)
+    return rows_cuda_proof.prove(op, dtype, COVERED[op])
