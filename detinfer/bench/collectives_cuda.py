@@ -13,8 +13,9 @@ import torch.distributed as dist
 from rich.table import Table
 
 from detinfer.bench import cuda_timing
+from detinfer.bench.collectives_check import cancelling, check_sum
 from detinfer.collectives.cuda import CudaCommunicator, connect
-from detinfer.errors import Diverged, UsageError
+from detinfer.errors import UsageError
 
 SIZES = tuple(1 << power for power in range(11, 29))
 FUSED = (
@@ -48,29 +49,14 @@ def _replayed(call: Call, nbytes: int) -> cuda_timing.Times:
     )
 
 
-def check_sum(comm: CudaCommunicator, x: torch.Tensor, out: torch.Tensor) -> None:
-    """Raise Diverged unless ``out`` has the bytes of the ranks' sum in rank order, rounded once."""
-    comm.all_reduce(x, out=out)
-    torch.cuda.synchronize()
-    comm.check()
-    parts = [torch.empty_like(x) for _ in range(comm.size)]
-    dist.all_gather(parts, x)
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
-    wrong = int((total.to(x.dtype).view(torch.int16) != out.view(torch.int16)).sum())
-    if wrong:
-        raise Diverged(f"all_reduce of {x.nbytes} bytes: {wrong} elements have other bytes than the reference")
-
-
 def _symmetric(x: torch.Tensor) -> tuple[torch.Tensor, str]:
     import torch.distributed._symmetric_memory as symmetric
 
     group = dist.group.WORLD
     assert group is not None
-    room = symmetric.empty(x.numel(), dtype=x.dtype, device=x.device)
+    room = symmetric.empty(SIZES[-1] // 2, dtype=x.dtype, device=x.device)
     symmetric.rendezvous(room, group.group_name)
-    room.copy_(x)
+    room.copy_(x[: len(room)])
     return room, group.group_name
 
 
@@ -81,7 +67,7 @@ def _windows(x: torch.Tensor) -> torch.Tensor | None:
         backend = group._get_backend(torch.device("cuda"))
         pool = torch.cuda.MemPool(backend.mem_allocator)
         with torch.cuda.use_mem_pool(pool):
-            room = torch.zeros_like(x)
+            room = torch.zeros(SIZES[-1] // 2, dtype=x.dtype, device=x.device)
         backend.register_mem_pool(pool, symm=True)
     except (AttributeError, RuntimeError, TypeError):
         return None
@@ -144,17 +130,19 @@ def _fused(comm: CudaCommunicator, x: torch.Tensor, y: torch.Tensor, tokens: int
     }
 
 
-def work() -> list[dict[str, Any]]:
+def work(say: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
     """Every timing, as rank 0 sees it; runs on all ranks."""
     found: list[dict[str, Any]] = []
 
     def add(collective: str, size: str, nbytes: int, side: str, call: Call) -> None:
         times = _replayed(call, nbytes)
         found.append(asdict(Timing(collective, size, nbytes, side, times.p50, times.p90, times.p99)))
+        say(f"{collective} {size} {side}: {times.p50:.2f}")
 
     speed = cuda_timing.copy_bandwidth()
     found.append(asdict(Timing("copy", "GB/s each way", 0, "copy", speed, speed, speed)))
-    x = torch.randint(-99, 99, (MOST_ELEMENTS,), dtype=torch.int16, device="cuda").to(torch.bfloat16)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    x = cancelling(max(MOST_ELEMENTS, SIZES[-2] // 2 * ranks), rank, ranks)
     y = torch.empty_like(x)
     with connect(timeout=20.0) as comm:
         _sizes(comm, x, y, add)

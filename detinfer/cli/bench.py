@@ -103,17 +103,40 @@ def collectives(ranks: str, sizes: str, names: tuple[str, ...], seconds: float, 
 @bench.command("collectives-cuda")
 @click.option("--ranks", default=2, show_default=True, help="GPUs, one process each.")
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there too.")
-def collectives_cuda(ranks: int, path: Path | None) -> None:
+@click.option("--tune", is_flag=True, help="Time detinfer's paths alone and write the table that connect reads.")
+@click.option("--table", type=click.Path(path_type=Path), metavar="FILE", help="With --tune: where, if not the user's.")
+def collectives_cuda(ranks: int, path: Path | None, tune: bool, table: Path | None) -> None:
     """Collectives between this machine's GPUs against NCCL and torch's symmetric memory, in CUDA graphs and eager."""
     from detinfer.bench import collectives_cuda as benchmark
 
+    if tune:
+        _tune(ranks, path, table)
+        return
+    if table is not None:
+        raise UsageError("--table says where --tune writes: give --tune as well")
     found = benchmark.run(ranks)
     shown = Console()
     shown.width = max(shown.width, 140)
-    for table in benchmark.tables(found):
-        shown.print(table)
+    for each in benchmark.tables(found):
+        shown.print(each)
     if path is not None:
         benchmark.write(found, path)
+
+
+def _tune(ranks: int, path: Path | None, table: Path | None) -> None:
+    from detinfer.bench import collectives_tune as benchmark
+    from detinfer.collectives import cuda_paths
+
+    tuned, lines = benchmark.run(ranks)
+    shown = Console()
+    for each in benchmark.tables(tuned, lines):
+        shown.print(each)
+    environment = benchmark.environment(ranks)
+    where = table or cuda_paths.user_file(str(environment["gpu"]), ranks)
+    cuda_paths.write(where, environment, tuned, benchmark.measured(tuned, lines))
+    shown.print(f"geometry: {tuned.origin}\nwritten: {where}", soft_wrap=True)
+    if path is not None:
+        path.write_text(json.dumps([vars(line) for line in lines], indent=1) + "\n", encoding="utf-8")
 
 
 @bench.command()

@@ -55,7 +55,7 @@ class CudaCommunicator:
         self._index = device.index
         self._calls: dict[tuple[object, ...], tuple[gpu.Call, Any]] = {}
         self._launch = gpu.library().detinfer_gpu_call
-        self._rows = config.push_channels, config.push_bytes
+        self.push_room: tuple[int, int] = config.push_channels, config.push_bytes
 
     def all_reduce(
         self,
@@ -177,8 +177,8 @@ class CudaCommunicator:
         norm, total = self._result(where, x, out, 16), self._result(where, x, residual_out, 16)
         if path is None:
             path = self.paths.of(where, given.nbytes)
-            rows = -(-(given.numel() // n) // self._rows[0])
-            if path == "push" and rows * n * given.element_size() > self._rows[1]:
+            rows = -(-(given.numel() // n) // self.push_room[0])
+            if path == "push" and rows * n * given.element_size() > self.push_room[1]:
                 path = "push_tiles"
         options = (MODES[mode], WEIGHT_MODES[weight_mode], float(eps), None if factor is None else factor.dtype)
         self._run(where, path, given, norm, given.numel(), x.dtype, "sum", order, n, options, (added, total, factor))
