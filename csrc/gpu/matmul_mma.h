@@ -7,6 +7,10 @@
 namespace detinfer {
 namespace gpu {
 
+static __device__ __forceinline__ uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+
 // Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8.
 static __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], uint32_t at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -30,12 +34,50 @@ static __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint
 static __device__ __forceinline__ int sum_row(int lane, int i) { return lane / 4 + i / 2 * 8; }
 static __device__ __forceinline__ int sum_column(int lane, int i) { return lane % 4 * 2 + i % 2; }
 
-// The bias, one rounding, the store.
+// Element `at` of a tensor of T's storage type.
+template <class T> static __device__ __forceinline__ float element(const void* base, int64_t at) {
+  if constexpr (T::kBytes == 4) return static_cast<const float*>(base)[at];
+  else return T::get(static_cast<const uint16_t*>(base)[at], 0);
+}
+
+// alpha, then beta * c, as they are rounded before the last rounding.
 template <class T>
-static __device__ __forceinline__ void store_sum(const GpuMatmulArgs& p, int64_t token, int64_t row, float sum) {
-  if (p.bias != nullptr) sum = __fadd_rn(sum, T::get(static_cast<const uint16_t*>(p.bias)[row * p.bias_n], 0));
-  const float pair[2] = {sum, sum};
-  static_cast<uint16_t*>(p.out)[token * p.out_m + row * p.out_n] = static_cast<uint16_t>(T::put(pair));
+static __device__ __forceinline__ float finish_sum(const GpuMatmulArgs& p, int64_t batch, int64_t m, int64_t n, float sum) {
+  if (p.alpha != 1.0f) sum = __fmul_rn(sum, p.alpha);
+  if (p.c != nullptr) {
+    float added = element<T>(p.c, batch * p.c_b + m * p.c_m + n * p.c_n);
+    if (p.beta != 1.0f) added = __fmul_rn(p.beta, added);
+    sum = __fadd_rn(sum, added);
+  }
+  return sum;
+}
+
+template <class T>
+static __device__ __forceinline__ void store_sum(const GpuMatmulArgs& p, int64_t batch, int64_t m, int64_t n, float sum) {
+  sum = finish_sum<T>(p, batch, m, n, sum);
+  const int64_t at = batch * p.out_b + m * p.out_m + n * p.out_n;
+  if constexpr (T::kBytes == 4) {
+    const float one[1] = {sum};
+    static_cast<uint32_t*>(p.out)[at] = T::put(one);
+  } else {
+    const float pair[2] = {sum, sum};
+    static_cast<uint16_t*>(p.out)[at] = static_cast<uint16_t>(T::put(pair));
+  }
+}
+
+// --- copies from global to shared memory that run on their own ---
+
+static __device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool here) {  // zeros where it is not here
+  const int bytes = here ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void copy_4(uint32_t to, const void* from, bool here) {
+  const int bytes = here ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kOpen> static __device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
 }
 
 }  // namespace gpu

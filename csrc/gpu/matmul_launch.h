@@ -1,0 +1,33 @@
+// Host side of the matmul family: what its two files share.
+#pragma once
+
+#include "../matmul_gpu.h"
+#include "../platform.h"
+
+namespace detinfer {
+namespace gpu {
+
+static constexpr int64_t kSkinnyRows = 512, kMostLeaves = 8;  // eight blocks make the largest portable cluster
+
+int refuse_matmul(Status status, const char* why);
+int checked_matmul(Code code, const char* doing);
+int run_fp32(const GpuMatmulArgs& p, Stream stream);
+
+// launch(arguments, grid) for at most 65,535 products at a time: the most that a grid has in its third dimension.
+template <class Launch> static inline int in_batches(const GpuMatmulArgs& p, int element, dim3 grid, const Launch& launch) {
+  constexpr int64_t kMost = 65535;
+  for (int64_t first = 0; first < p.batch; first += kMost) {
+    GpuMatmulArgs part = p;
+    part.batch = p.batch - first < kMost ? p.batch - first : kMost;
+    part.x = static_cast<const char*>(p.x) + first * p.x_b * element;
+    part.w = static_cast<const char*>(p.w) + first * p.w_b * element;
+    if (p.c != nullptr) part.c = static_cast<const char*>(p.c) + first * p.c_b * element;
+    part.out = static_cast<char*>(p.out) + first * p.out_b * element;
+    grid.z = static_cast<unsigned>(part.batch);
+    launch(part, grid);
+  }
+  return checked_matmul(last_error(), "launching a kernel");
+}
+
+}  // namespace gpu
+}  // namespace detinfer
