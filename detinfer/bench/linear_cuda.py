@@ -13,7 +13,8 @@ from rich.table import Table
 
 from detinfer.bits import first_mismatch
 from detinfer.errors import Diverged
-from detinfer.ops.matmul_cuda import adversarial, linear, prove
+from detinfer.ops.matmul_cuda import linear
+from detinfer.ops.matmul_cuda_proof import adversarial, prove_shape
 
 SHAPES = {
     "Qwen3-8B": ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)),
@@ -51,7 +52,7 @@ def run(rows: Sequence[int] = ROWS, repeats: int = 15) -> Iterator[Timing]:
             for n, k in shapes:
                 copies = max(2, min(12, _COLD_BYTES // (n * k * 2)))
                 weights = [adversarial(n, k, torch.bfloat16, device, i) for i in range(copies)]
-                prove(weights[0])
+                prove_shape(n, k, torch.bfloat16, device)
                 for count in rows:
                     x = adversarial(count, k, torch.bfloat16, device, count)
                     head = min(count, 64)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
 from detinfer import native
 from detinfer.errors import UsageError
 from detinfer.ops import matmul_proof
+from detinfer.ops.matmul_views import BATCH_DIMS, Views, dot_views, linear_views, matmul_views, three, two, vector_views
 
 AUTO, FMA, DOT = 0, 1, 2
 """csrc's paths: by a timing at first use, fp32 FMA, or vdpbf16ps where its bits are those of the chain."""
@@ -25,7 +25,6 @@ AUTO, FMA, DOT = 0, 1, 2
 DOT_VARIABLE = "DETINFER_CPU_DPBF16"
 """``0`` or ``1`` holds the path of bf16 on CPUs with AVX512-BF16 to FMA or vdpbf16ps instead of timing both."""
 
-_BATCH_DIMS = 6
 _KEPT_CALLS = 4096
 
 
@@ -37,7 +36,7 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("alpha", "beta")),
         *((name, ctypes.c_int64) for name in ("m", "n", "k")),
         *((name, ctypes.c_int64) for name in ("a_m", "a_k", "b_k", "b_n", "c_m", "c_n", "out_m", "out_n")),
-        *((name, ctypes.c_int64 * _BATCH_DIMS) for name in ("batch", "a_batch", "b_batch", "c_batch", "out_batch")),
+        *((name, ctypes.c_int64 * BATCH_DIMS) for name in ("batch", "a_batch", "b_batch", "c_batch", "out_batch")),
     )
 
 
@@ -45,22 +44,12 @@ _args = struct.Struct("@5P")  # MatmulArgs of csrc/matmul.h
 _pack_args = _args.pack
 
 
-class _Views(NamedTuple):
-    """What an operation multiplies: a [*batch, M, K], b [*batch, K, N], c None or [*batch, M, N] broadcast by strides
-    of 0; ``shape`` is the shape of the contiguous result, M * N elements for each of the batch."""
-
-    shape: tuple[int, ...]
-    a: torch.Tensor
-    b: torch.Tensor
-    c: torch.Tensor | None
-
-
 class _Call:
     """Everything about a call but its pointers: made once for a set of shapes, strides, dtypes and scalars."""
 
     __slots__ = ("address", "dtype", "plan", "run", "shape", "stride")
 
-    def __init__(self, views: _Views, alpha: float, beta: float, path: int, name: str) -> None:
+    def __init__(self, views: Views, alpha: float, beta: float, path: int, name: str) -> None:
         _, a, b, c = views
         *batch, m, k = a.shape
         n, depth = b.shape[-1], len(batch)
@@ -88,7 +77,7 @@ _calls: dict[tuple[Any, ...], _Call] = {}
 
 
 def _compute(
-    views: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], _Views],
+    views: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Views],
     name: str,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -117,7 +106,7 @@ def _compute(
 
 def _prepare(
     signature: tuple[Any, ...],
-    views: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], _Views],
+    views: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Views],
     name: str,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -149,59 +138,6 @@ def _prepare(
     return call, seen
 
 
-def _batched(dims: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], _Views]:
-    """Operands of exactly ``dims`` dimensions, c broadcast to the result."""
-
-    def views(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> _Views:
-        if a.dim() != dims or b.dim() != dims:
-            raise ValueError(f"both must have {dims} dimensions")
-        shape = (*a.shape[:-1], b.shape[-1])
-        return _Views(shape, a, b, None if c is None else c.expand(shape))
-
-    return views
-
-
-_two, _three = _batched(2), _batched(3)
-
-
-def _linear_views(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> _Views:
-    if weight.dim() not in (1, 2) or (weight.dim() == 1 and bias is not None):
-        raise ValueError("the weight must be [N, K], or [K] without a bias")
-    if x.dim() == 0:
-        raise ValueError("the input must have a dimension")
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
-    b = weight.t() if weight.dim() == 2 else weight[:, None]
-    shape = (*x.shape[:-1], *weight.shape[:-1])
-    return _Views(shape, rows, b, None if bias is None else bias.expand(rows.shape[0], b.shape[1]))
-
-
-def _vector_views(a: torch.Tensor, x: torch.Tensor, c: torch.Tensor | None) -> _Views:
-    if a.dim() != 2 or x.dim() != 1:
-        raise ValueError("they must have 2 and 1 dimensions")
-    return _Views(a.shape[:1], a, x[:, None], None if c is None else c.expand(a.shape[:1])[:, None])
-
-
-def _dot_views(x: torch.Tensor, y: torch.Tensor, _: torch.Tensor | None) -> _Views:
-    if x.dim() != 1 or y.dim() != 1:
-        raise ValueError("both must have 1 dimension")
-    return _Views((), x[None], y[:, None], None)
-
-
-def _matmul_views(a: torch.Tensor, b: torch.Tensor, _: torch.Tensor | None) -> _Views:
-    if a.dim() == 0 or b.dim() == 0:
-        raise ValueError("both must have a dimension")
-    left = a[None] if a.dim() == 1 else a
-    right = b[:, None] if b.dim() == 1 else b
-    batch = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    shape = (*batch, *left.shape[-2 : -1 if a.dim() > 1 else -2], *right.shape[-1 : None if b.dim() > 1 else -1])
-    if right.dim() == 2 and left.numel():  # one weight for all: leading dimensions are rows
-        return _Views(shape, left.reshape(-1, left.shape[-1]), right, None)
-    left, right = left.expand(*batch, -1, -1), right.expand(*batch, -1, -1)
-    if len(batch) > _BATCH_DIMS:
-        left, right = left.flatten(0, -3), right.flatten(0, -3)
-    return _Views(shape, left, right, None)
-
-
 def product(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -215,7 +151,7 @@ def product(
 
     Raises UnsupportedDtype for other dtypes than fp32, bf16 and fp16, UsageError for operands that do not fit.
     """
-    out: torch.Tensor = _compute(_two, "product", a, b, c, alpha, beta, path)
+    out: torch.Tensor = _compute(two, "product", a, b, c, alpha, beta, path)
     return out
 
 
@@ -224,47 +160,47 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Raises UnsupportedDtype for float64 and complex, UsageError for operands that do not fit, like all functions here.
     """
-    return _compute(_linear_views, "aten::linear", x, weight, bias)
+    return _compute(linear_views, "aten::linear", x, weight, bias)
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> Any:
     """aten::matmul: torch's rules for vectors; leading dimensions broadcast."""
-    return _compute(_matmul_views, "aten::matmul", a, b)
+    return _compute(matmul_views, "aten::matmul", a, b)
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> Any:
     """aten::mm: [M, K] times [K, N]."""
-    return _compute(_two, "aten::mm", a, b)
+    return _compute(two, "aten::mm", a, b)
 
 
 def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     """aten::addmm: beta * c + alpha * a @ b, c broadcast to [M, N]; c is not read when beta is 0."""
-    return _compute(_two, "aten::addmm", a, b, c if beta != 0 else None, alpha, beta)
+    return _compute(two, "aten::addmm", a, b, c if beta != 0 else None, alpha, beta)
 
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> Any:
     """aten::bmm: [B, M, K] times [B, K, N]."""
-    return _compute(_three, "aten::bmm", a, b)
+    return _compute(three, "aten::bmm", a, b)
 
 
 def baddbmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     """aten::baddbmm: beta * c + alpha * a @ b in batches, c broadcast to [B, M, N]; not read when beta is 0."""
-    return _compute(_three, "aten::baddbmm", a, b, c if beta != 0 else None, alpha, beta)
+    return _compute(three, "aten::baddbmm", a, b, c if beta != 0 else None, alpha, beta)
 
 
 def mv(a: torch.Tensor, x: torch.Tensor) -> Any:
     """aten::mv: [M, K] times [K] -> [M]."""
-    return _compute(_vector_views, "aten::mv", a, x)
+    return _compute(vector_views, "aten::mv", a, x)
 
 
 def addmv(c: torch.Tensor, a: torch.Tensor, x: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     """aten::addmv: beta * c + alpha * a @ x, [M, K] times [K] -> [M]; c is not read when beta is 0."""
-    return _compute(_vector_views, "aten::addmv", a, x, c if beta != 0 else None, alpha, beta)
+    return _compute(vector_views, "aten::addmv", a, x, c if beta != 0 else None, alpha, beta)
 
 
 def dot(x: torch.Tensor, y: torch.Tensor) -> Any:
     """aten::dot: [K] times [K] -> a scalar."""
-    return _compute(_dot_views, "aten::dot", x, y)
+    return _compute(dot_views, "aten::dot", x, y)
 
 
 COVERED: dict[str, Callable[..., Any]] = {

@@ -1,11 +1,12 @@
-"""linear on NVIDIA GPUs in bf16 and fp16: one accumulator for each output, k ascending, whatever the number of rows.
+"""linear, matmul and their kin on NVIDIA GPUs, in bf16, fp16 and fp32: one order of k, whatever the number of rows.
 
-Three paths give the same bits, so which one runs is a matter of speed: ``skinny``, csrc's kernel for up to 64 rows;
-``cublaslt_no_split``, cuBLASLt held to one chain of k, where ``prove`` has compared it on this machine; ``reference``,
-plain and slow, for any strides. Rows for which no proof was made are cut into pieces that have one, or into 64.
+The order is that of csrc/matmul_gpu.h. In fp32 it is one chain of FMAs, the bits of ``detinfer/reference/matmul.py``. In
+bf16 and fp16 it is the matrix unit's own: an accumulator for each leaf of ``leaf_length`` terms, leaves added ascending.
 
-The order is that of csrc/matmul_gpu.h. That the tiles of cuBLASLt do not change it, while split-K does, is measured in
-docs/ops/matmul.md.
+Paths, all of the same bits, so that which one runs is a matter of speed: ``skinny`` (few rows, aligned operands), ``tile``
+(any rows, any strides, batches), ``cublaslt_no_split`` (cuBLASLt held to algorithms that keep k in one piece, only at the
+numbers of rows where ``matmul_cuda_proof`` has compared it on this machine) and ``reference``, plain and slow. No call
+makes a proof, allocates outside torch or waits for the device: all of this runs inside the capture of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -13,49 +14,26 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from detinfer import native
-from detinfer.bits import first_mismatch
-from detinfer.errors import Diverged, NativeError, UnsupportedDtype, UsageError
+from detinfer.errors import NativeError, UnsupportedDtype, UsageError
+from detinfer.ops import cublaslt
+from detinfer.ops.matmul_table import PIECE, Choice, Key, leaf_length, table
+from detinfer.ops.matmul_views import Views, dot_views, linear_views, matmul_views, three, two, vector_views
 
-SKINNY_ROWS = 64
+PATHS = {"reference": 0, "skinny": 1, "tile": 2}
+"""csrc's paths and their codes."""
+
+SKINNY_ROWS = 512
 """Rows of x that one call of the kernel for few rows takes."""
 
-PROVED_ROWS = (128, 256, 512, 1024, 2048, 4096, 8192)
-"""Numbers of rows for which ``prove`` compares cuBLASLt; others are cut into these."""
-
-_DTYPES = {torch.bfloat16: 1, torch.float16: 2}
-_PATHS = {"reference": 0, "skinny": 1}
-_args = struct.Struct("@2i10q4P")  # GpuMatmulArgs of csrc/matmul_gpu.h
-
-
-@dataclass(frozen=True)
-class Key:
-    """What may pick another kernel of cuBLASLt, but for the number of rows: a proof holds for one key."""
-
-    n: int
-    k: int
-    dtype: torch.dtype
-    weight_stride: int
-    device: int
-
-
-@dataclass(frozen=True)
-class Proof:
-    """cuBLASLt without split-K gave the kernel's bytes at ``rows`` rows each; ``compared`` elements in all."""
-
-    key: Key
-    rows: tuple[int, ...]
-    compared: int
-
-
-_proofs: dict[Key, Proof] = {}
+_SKINNY_RULE = 64  # without a measured table: up to here the kernel for few rows, then the tiles
+_COPY_ROWS = 128  # from here on a weight in another layout is worth a copy
+_args = struct.Struct("@3i2fi17q4P")  # GpuMatmulArgs of csrc/matmul_gpu.h
 
 
 @functools.cache
@@ -70,143 +48,266 @@ def _function() -> tuple[Callable[[bytes, int], int], Any]:
     return handle.detinfer_gpu_matmul, handle.detinfer_gpu_matmul_error
 
 
-def _run(path: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    run, error = _function()
+def _stream(device: int) -> int:
+    return int(torch._C._cuda_getCurrentRawStream(device))
+
+
+def run(
+    path: str,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    c: torch.Tensor | None,
+    out: torch.Tensor,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    variant: int = -1,
+) -> None:
+    """One product on one of csrc's paths: x [(B,) M, K], w [(B,) N, K], c like out or none, out [(B,) M, N], any strides.
+
+    Raises NativeError where the library is missing or refuses.
+    """
+    function, error = _function()
+    *batch, m, k = x.shape
+    n = w.shape[-2]
+    fill = () if batch else (0,)
+    device = x.device.index
     args = _args.pack(
-        *(_DTYPES[x.dtype], _PATHS[path], x.shape[0], weight.shape[0], x.shape[1], *x.stride(), *weight.stride()),
-        *(0 if bias is None else bias.stride(0), *out.stride(), x.data_ptr(), weight.data_ptr()),
-        *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
+        *(native.DTYPES[x.dtype], PATHS[path], variant, alpha, beta, 0, leaf_length(k, n, x.dtype)),
+        *(batch[0] if batch else 1, m, n, k, *fill, *x.stride(), *fill, *w.stride()),
+        *((0, 0, 0) if c is None else (*fill, *c.stride())),
+        *(*fill, *out.stride(), x.data_ptr(), w.data_ptr(), 0 if c is None else c.data_ptr(), out.data_ptr()),
     )
-    with torch.cuda.device(x.device):
-        if run(args, torch.cuda.current_stream(x.device).cuda_stream):
-            raise NativeError((error() or b"").decode())
+    if device == torch._C._cuda_getDevice():
+        status = function(args, _stream(device))
+    else:
+        with torch.cuda.device(device):
+            status = function(args, _stream(device))
+    if status:
+        raise NativeError((error() or b"").decode())
 
 
-def _streams(t: torch.Tensor) -> bool:
-    """Whether the kernel for few rows and cuBLASLt's aligned kernels take a [rows, k] operand as it lies."""
+def streams(t: torch.Tensor) -> bool:
+    """Whether the kernel for few rows and cuBLASLt take a [rows, k] operand of 16-bit elements as it lies."""
     rows, k = t.shape
     return k % 8 == 0 and t.stride(1) == 1 and (rows == 1 or t.stride(0) % 8 == 0) and t.data_ptr() % 16 == 0
 
 
-def pieces(rows: int, proved: Sequence[int]) -> Iterator[tuple[int, int, str]]:
-    """(start, rows, path) of each piece of a product: the greatest proved sizes first, then at most 64 rows at a time."""
-    start = 0
-    while start < rows:
-        left = rows - start
-        size = next((p for p in sorted(proved, reverse=True) if p <= left), 0)
-        yield start, size or min(left, SKINNY_ROWS), "cublaslt_no_split" if size else "skinny"
-        start += size or SKINNY_ROWS
-
-
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, path: str | None = None
+def product(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    c: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    *,
+    path: str | None = None,
+    variant: int = -1,
 ) -> torch.Tensor:
-    """x [..., K] times weight [N, K] transposed, plus bias [N] or none, to [..., N]: bf16 or fp16, on one GPU.
+    """alpha * x @ w^T + beta * c as a contiguous tensor: x [(B,) M, K], w [(B,) N, K], c [(B,) M, N] or none.
 
-    The bias is added in fp32 before the one rounding. ``path`` holds the whole product to ``skinny`` (in pieces of 64
-    rows) or ``reference``. Raises UnsupportedDtype for other dtypes, UsageError for operands that do not fit or lie on
-    different devices, NativeError where the GPU library is missing or refuses.
+    ``path`` and ``variant`` hold it to a kernel of csrc's: for tests and timings.
     """
-    _check(x, weight, bias)
-    if path not in (None, *_PATHS):
-        raise UsageError(f"linear: there is no path {path!r}; choose skinny or reference")
-    rows = x.reshape(-1, x.shape[-1])
-    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
-    flat = out.view(-1, weight.shape[0])
-    if path == "reference" or (path is None and not _streams(weight)):
-        _run("reference", rows, weight, bias, flat)
-        return out
-    if not _streams(rows):
-        rows = rows.clone(memory_format=torch.contiguous_format)  # a buffer of torch's is aligned
-    key = Key(weight.shape[0], weight.shape[1], x.dtype, weight.stride(0), x.device.index)
-    proof = _proofs.get(key) if path is None and bias is None else None
-    for start, count, chosen in pieces(len(rows), proof.rows if proof else ()):
-        piece, target = rows[start : start + count], flat[start : start + count]
-        if chosen == "skinny":
-            _run("skinny", piece, weight, bias, target)
-        else:
-            with no_split():
-                torch.mm(piece, weight.t(), out=target)
+    out = torch.empty((*x.shape[:-1], w.shape[-2]), dtype=x.dtype, device=x.device)
+    if path is not None:
+        run(path, x, w, c, out, alpha, beta, variant)
+    elif x.dtype is torch.float32 or x.dim() == 3:
+        chosen = None if x.dim() == 3 else table(_key(x, w, c))
+        run("tile", x, w, c, out, alpha, beta, -1 if chosen is None else chosen.choose(x.shape[0]).variant)
+    else:
+        _rows(x, w, c, out, alpha, beta)
     return out
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    tensors = [t for t in (x, weight, bias) if t is not None]
-    if any(t.dtype not in _DTYPES for t in tensors):
-        found = ", ".join(str(t.dtype) for t in tensors)
-        raise UnsupportedDtype(f"linear on a GPU: {found}; use bfloat16 or float16")
-    if len({t.dtype for t in tensors}) > 1 or len({t.device for t in tensors}) > 1 or x.device.type != "cuda":
-        found = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
-        raise UsageError(f"linear on a GPU: operands are {found}; they must have one dtype and lie on one GPU")
-    fits = x.dim() >= 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
-    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
-        shapes = ", ".join(str(list(t.shape)) for t in tensors)
-        raise UsageError(
-            f"linear on a GPU: operands of shapes {shapes} do not fit: x [..., K], weight [N, K], bias [N]"
-        )
+def _key(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> Key:
+    return Key(w.shape[0], w.shape[1], x.dtype, w.stride(0), c is not None, x.device.index)
 
 
-@contextmanager
-def no_split() -> Iterator[None]:
-    """cuBLASLt, and no split of k, inside the block: torch's settings of the process, put back at the end."""
-    flags, cuda = torch.backends.cuda.matmul, torch.backends.cuda
-    library = cuda.preferred_blas_library()
-    bf16, fp16 = flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction
-    cuda.preferred_blas_library("cublaslt")
-    # (reduced precision in the reduction, split-K): torch 2.10 and newer take the pair.
-    flags.allow_bf16_reduced_precision_reduction = flags.allow_fp16_reduced_precision_reduction = (False, False)
-    try:
-        yield
-    finally:
-        cuda.preferred_blas_library(library)
-        flags.allow_bf16_reduced_precision_reduction = bf16
-        flags.allow_fp16_reduced_precision_reduction = fp16
+def _rows(
+    x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, out: torch.Tensor, alpha: float, beta: float
+) -> None:
+    """bf16 and fp16 without batches: the fastest path that holds for the operands as they lie."""
+    m, k = x.shape
+    if m == 0 or w.shape[0] == 0:
+        return
+    if not streams(w):
+        if k % 8 or k == 0 or m < _COPY_ROWS:
+            run("tile", x, w, c, out, alpha, beta)
+            return
+        w = w.clone(memory_format=torch.contiguous_format)
+    if not streams(x):
+        x = x.clone(memory_format=torch.contiguous_format)  # a buffer of torch's is aligned
+    measured = table(_key(x, w, c))
+    if measured is None:
+        run("skinny" if m <= _SKINNY_RULE else "tile", x, w, c, out, alpha, beta)
+        return
+    for start in range(0, m, PIECE):  # the largest number of rows that is proved
+        left = min(m - start, PIECE)
+        while left:
+            count = measured.piece(left)
+            part = slice(start, start + count)
+            _chosen(measured.choose(count), x[part], w, None if c is None else c[part], out[part], alpha, beta)
+            start, left = start + count, left - count
 
 
-def adversarial(rows: int, k: int, dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
-    """[rows, k] in which an order shows: exponents spread over nine bits, and two large columns, whose products cancel
-    where the other operand holds one value in both: next to them fp32 keeps few bits of the small terms."""
-    draw = torch.Generator(device).manual_seed(seed)
-    values = torch.randint(-127, 128, (rows, k), generator=draw, device=device).float()
-    values = torch.ldexp(values, torch.randint(-12, -3, (rows, k), generator=draw, device=device))
-    if k >= 16:
-        values[:, 1], values[:, k - k // 7 - 1] = 300.0, -300.0
-    return values.to(dtype)
+def _chosen(
+    choice: Choice,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    c: torch.Tensor | None,
+    out: torch.Tensor,
+    alpha: float,
+    beta: float,
+) -> None:
+    if choice.path != "cublaslt_no_split":
+        run(choice.path, x, w, c, out, alpha, beta, choice.variant)
+    elif alpha != 1 or (x.shape[0] > 1 and x.stride(0) != x.shape[1]) or not _is_bias(c, beta):
+        run("tile", x, w, c, out, alpha, beta)
+    else:
+        run_cublaslt(choice.algorithm, x, w, c, out)
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether all bytes are equal, found on the GPU: a proof compares gigabytes."""
-    return bool((a.contiguous().view(torch.int16) == b.contiguous().view(torch.int16)).all())
+def _is_bias(c: torch.Tensor | None, beta: float) -> bool:
+    """Whether cuBLASLt's epilogue can add c: one aligned vector for all rows, times 1."""
+    return c is None or (beta == 1 and c.stride() == (0, 1) and c.data_ptr() % 16 == 0)
 
 
-def prove(weight: torch.Tensor, rows: Sequence[int] = PROVED_ROWS) -> Proof:
-    """Compare cuBLASLt without split-K with the kernel for few rows, every element, for one shape of weight [N, K].
+def run_cublaslt(
+    algorithm: bytes, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """One product by cuBLASLt, proved or not: x [M, K] contiguous, w [N, K], bias a row of [M, N] with stride 0.
 
-    The inputs are made for the shape; the values of ``weight`` are not read. Raises Diverged where a byte differs, or
-    where the inputs do not show a reversed order: a proof on them would prove nothing.
+    Where k has leaves, one after the other is added into fp32, and the bias before the last rounding.
     """
-    _check(weight, weight, None)
-    if not _streams(weight):
-        raise UsageError("prove: rows of the weight must be contiguous and start on 16-byte boundaries")
-    n, k = weight.shape
-    key = Key(n, k, weight.dtype, weight.stride(0), weight.device.index)
-    storage = torch.empty(n * weight.stride(0), dtype=weight.dtype, device=weight.device)
-    w = storage.as_strided((n, k), (weight.stride(0), 1)).copy_(adversarial(n, k, weight.dtype, weight.device, 1))
-    compared = 0
-    for count in rows:
-        x = adversarial(count, k, weight.dtype, weight.device, count)
-        if k >= 16:
-            x[:, 1] = x[:, k - k // 7 - 1] = 900.0
-        expected = linear(x, w, path="skinny")
-        with no_split():
-            found = torch.mm(x, w.t())
-        if not _same(found, expected):
-            mismatch = first_mismatch(found, expected)
-            raise Diverged(f"cuBLASLt without split-K at {count} x {k} x {n} in {weight.dtype}: {mismatch}")
-        compared += found.numel()
-    small = slice(0, min(n, 64))
-    turned = linear(x[:64].flip(1), w[small].flip(1).contiguous(), path="skinny")
-    if _same(turned, expected[:64, small]):
-        raise Diverged(f"the inputs do not show a reversed order at k = {k}: nothing was proved")
-    proof = _proofs[key] = Proof(key, tuple(rows), compared)
-    return proof
+    (m, k), n = x.shape, w.shape[0]
+    leaf, device = leaf_length(k, n, x.dtype), x.device.index
+    stream = _stream(device)
+    with torch.cuda.device(device):
+        if leaf >= k:
+            at = 0 if bias is None else bias.data_ptr()
+            problem = cublaslt.Problem(x.dtype, x.dtype, m, n, k, k, w.stride(0), n, at)
+            cublaslt.product(problem, device).run(x.data_ptr(), w.data_ptr(), out.data_ptr(), algorithm, stream)
+            return
+        sums = torch.empty((m, n), dtype=torch.float32, device=x.device)
+        problem = cublaslt.Problem(x.dtype, torch.float32, m, n, leaf, k, w.stride(0), n)
+        leaves = cublaslt.product(problem, device)
+        for first in range(0, k, leaf):
+            step = first * x.element_size()
+            leaves.run(x.data_ptr() + step, w.data_ptr() + step, sums.data_ptr(), algorithm, stream, added=first > 0)
+        out.copy_(sums if bias is None else sums + bias)
+
+
+def _compute(
+    views: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Views],
+    name: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> Any:
+    """The result for the operands as the caller has them; NotImplemented where all are integers."""
+    tensors = [t for t in (a, b, c) if t is not None]
+    if not any(t.is_floating_point() or t.is_complex() for t in tensors):
+        return NotImplemented
+    if len({t.dtype for t in tensors}) > 1 or len({t.device for t in tensors}) > 1 or a.device.type != "cuda":
+        found = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
+        raise UsageError(f"{name}: the operands are {found}; they must have one dtype and lie on one GPU")
+    if a.dtype not in native.DTYPES:
+        raise UnsupportedDtype(f"{name}: {a.dtype} has no canonical order on a GPU; use float32, bfloat16 or float16")
+    try:
+        shape, x, w, added = views(a, b, c)
+        if x.shape[-1] != w.shape[-2] or x.shape[:-2] != w.shape[:-2]:
+            raise RuntimeError(f"cannot multiply {list(x.shape)} and {list(w.shape)}")
+    except (RuntimeError, ValueError) as error:
+        shapes = ", ".join(str(list(t.shape)) for t in tensors)
+        raise UsageError(f"{name}: operands of shapes {shapes} do not fit each other: {error}") from None
+    w = w.transpose(-1, -2)
+    if x.dim() > 3:
+        x, w = x.flatten(0, -3), w.flatten(0, -3)
+        added = None if added is None else added.flatten(0, -3)
+    if x.dim() == 3 and x.shape[0] == 1:
+        x, w, added = x[0], w[0], None if added is None else added[0]
+    return product(x, w, added, float(alpha), float(beta)).view(shape)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, path: str | None = None) -> Any:
+    """aten::linear: x [..., K] or [K], weight [N, K] or [K], bias [N], [1] or none -> [..., N] or [...].
+
+    The bias is added in fp32 before the one rounding. ``path`` holds the product to ``skinny`` (at most 512 rows),
+    ``tile`` or ``reference``. Like all functions here, raises UnsupportedDtype for float64 and complex, UsageError for
+    operands that do not fit or lie on different devices, NativeError where the GPU library is missing or refuses.
+    """
+    if path is None:
+        return _compute(linear_views, "aten::linear", x, weight, bias)
+    if path not in PATHS:
+        raise UsageError(f"linear: there is no path {path!r}; choose {', '.join(PATHS)}")
+    shape, rows, w, c = linear_views(x, weight, bias)
+    return product(rows, w.t(), c, path=path).view(shape)
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> Any:
+    """aten::matmul: torch's rules for vectors; leading dimensions broadcast."""
+    return _compute(matmul_views, "aten::matmul", a, b)
+
+
+def mm(a: torch.Tensor, b: torch.Tensor) -> Any:
+    """aten::mm: [M, K] times [K, N]."""
+    return _compute(two, "aten::mm", a, b)
+
+
+def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """aten::addmm: beta * c + alpha * a @ b, c broadcast to [M, N]; c is not read when beta is 0."""
+    return _compute(two, "aten::addmm", a, b, c if beta != 0 else None, alpha, beta)
+
+
+def bmm(a: torch.Tensor, b: torch.Tensor) -> Any:
+    """aten::bmm: [B, M, K] times [B, K, N]."""
+    return _compute(three, "aten::bmm", a, b)
+
+
+def baddbmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """aten::baddbmm: beta * c + alpha * a @ b in batches, c broadcast to [B, M, N]; not read when beta is 0."""
+    return _compute(three, "aten::baddbmm", a, b, c if beta != 0 else None, alpha, beta)
+
+
+def mv(a: torch.Tensor, x: torch.Tensor) -> Any:
+    """aten::mv: [M, K] times [K] -> [M]."""
+    return _compute(vector_views, "aten::mv", a, x)
+
+
+def addmv(c: torch.Tensor, a: torch.Tensor, x: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """aten::addmv: beta * c + alpha * a @ x, [M, K] times [K] -> [M]; c is not read when beta is 0."""
+    return _compute(vector_views, "aten::addmv", a, x, c if beta != 0 else None, alpha, beta)
+
+
+def dot(x: torch.Tensor, y: torch.Tensor) -> Any:
+    """aten::dot: [K] times [K] -> a scalar."""
+    return _compute(dot_views, "aten::dot", x, y)
+
+
+COVERED: dict[str, Callable[..., Any]] = {
+    "aten::linear": linear,
+    "aten::matmul": matmul,
+    "aten::mm": mm,
+    "aten::addmm": addmm,
+    "aten::bmm": bmm,
+    "aten::baddbmm": baddbmm,
+    "aten::mv": mv,
+    "aten::addmv": addmv,
+    "aten::dot": dot,
+}
+"""``aten::name``: the function that computes it, with the schema's own signature."""
+
+REDUCES: frozenset[str] = frozenset(COVERED)
+"""Those of them that contain a reduction: all."""
+
+
+def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
+    """Compare ``op`` with the reference on this GPU, on stress inputs: (results compared, their bytes).
+
+    Raises Diverged with the first difference, UnsupportedDtype for a dtype without an order.
+    """
+    from detinfer.ops import matmul_cuda_proof
+
+    if dtype not in native.DTYPES:
+        raise UnsupportedDtype(f"{op}: {dtype} has no canonical order on a GPU; use float32, bfloat16 or float16")
+    return matmul_cuda_proof.prove(op, dtype, COVERED[op])

@@ -92,16 +92,25 @@ _RUNS: dict[str, tuple[Run, bool]] = {
 }
 
 
+def adds(op: str) -> bool:
+    """Whether ``run`` adds c in ``op``."""
+    return _RUNS[op][1]
+
+
+def run(op: str, function: Callable[..., Any], a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """``function`` as ``op`` on a [M, K], b [K, N], c [N]: [M', N'], the first rows and columns of the product."""
+    return _RUNS[op][0](function, a, b, c)
+
+
 def prove(op: str, dtype: torch.dtype, function: Callable[..., Any]) -> tuple[int, bytes]:
     """Compare ``function`` with the reference at every size and kind; Diverged with the first mismatch."""
-    run, added = _RUNS[op]
     evidence = Evidence(op, dtype)
     for kind, terms in KINDS:
         a, b, c = stress(ROWS[-1], terms, COLUMNS[-1], dtype, kind)
-        want = from_values(reference.finish(_chain(dtype, kind, terms), to_values(c) if added else None), dtype)
+        want = from_values(reference.finish(_chain(dtype, kind, terms), to_values(c) if adds(op) else None), dtype)
         for rows in ROWS:
             for columns in COLUMNS:
-                got = run(function, a[:rows], b[:, :columns], c[:columns])
+                got = run(op, function, a[:rows], b[:, :columns], c[:columns])
                 where = f"{kind}, K {terms}, M {rows}, N {columns}"
                 evidence.expect(got, want[: got.shape[0], : got.shape[1]], where)
     return evidence.total()

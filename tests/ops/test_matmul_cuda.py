@@ -1,130 +1,258 @@
-"""linear on a GPU: a row's bytes are those of the row alone by the plain kernel, by every path and at every number of rows."""
+"""matmul on a GPU: a row's bytes are those of the row alone by the plain kernel, by every path and at every number of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import pytest
 import torch
 
 from detinfer.bits import first_mismatch
-from detinfer.errors import Diverged, UnsupportedDtype, UsageError
-from detinfer.ops import matmul_cuda
-from detinfer.ops.matmul_cuda import adversarial, linear, no_split, pieces, prove
+from detinfer.errors import Diverged, NativeError, UnsupportedDtype, UsageError
+from detinfer.ops import matmul_cuda, matmul_cuda_proof, matmul_table
+from detinfer.ops.evidence import from_values, to_values
+from detinfer.ops.matmul_cuda import COVERED, linear, product, prove
+from detinfer.ops.matmul_cuda_proof import adversarial, operands, prove_shape
+from detinfer.reference import matmul as reference
 
-DTYPES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (*HALVES, torch.float32)
 SHAPES = ((16, 16), (49, 64), (100, 1000), (1280, 8192), (2890, 2880), (576, 1536), (7168, 512), (24576, 256))
 """(N, K): of few and of many blocks, of widths that are no multiple of a block, of a k that ends inside a chunk."""
 
 
-def operands(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and weight in whose products an order shows."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    x, w = adversarial(rows, k, dtype, device, rows), adversarial(n, k, dtype, device, n)
-    if k >= 16:
-        x[:, 1] = x[:, k - k // 7 - 1] = 900.0
-    return x, w
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    matmul_cuda._proofs.clear()
+    matmul_table.forget()
     yield
-    matmul_cuda._proofs.clear()
+    matmul_table.forget()
+
+
+def expect(found: torch.Tensor, expected: torch.Tensor, where: object = None) -> None:
+    assert first_mismatch(found, expected) is None, (where, first_mismatch(found, expected))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_rows_do_not_depend_on_their_number(n: int, k: int, dtype: torch.dtype) -> None:
-    x, w = operands(130, n, k, dtype)
+def test_rows_do_not_depend_on_their_number(n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
+    x, w = operands(130, n, k, dtype, device)
     expected = linear(x, w, path="reference")
-    reversed_k = linear(x.flip(1), w.flip(1), path="reference")
     if k >= 64:
-        assert first_mismatch(reversed_k, expected) is not None, "these inputs would not show a wrong order"
+        turned = linear(x.flip(1), w.flip(1), path="reference")
+        assert first_mismatch(turned, expected) is not None, "these inputs would not show a wrong order"
     exact = x.double() @ w.double().t()
     bound = (x.double().abs() @ w.double().abs().t()) * (k * 2.0**-23) + exact.abs() * torch.finfo(dtype).eps
     assert bool(((expected.double() - exact).abs() <= bound).all()), "invariant, but wrong"
+    shifted = torch.empty(130 * k + 1, dtype=dtype, device=device)[1:].view(130, k).copy_(x)
     for rows in range(1, 131):
         start = (7 * rows) % (131 - rows)
-        assert first_mismatch(linear(x[start : start + rows], w), expected[start : start + rows]) is None, rows
+        expect(linear(x[start : start + rows], w), expected[start : start + rows], rows)
+        expect(linear(shifted[start : start + rows], w), expected[start : start + rows], ("shifted", rows))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_strides_and_a_bias(dtype: torch.dtype) -> None:
-    x, w = operands(40, 300, 640, dtype)
-    bias = adversarial(1, 300, dtype, x.device, 5)[0]
+@pytest.mark.parametrize(("n", "k"), [(1280, 8192), (300, 5000), (130, 1416), (576, 576)])
+def test_every_kernel_gives_the_same_bytes(n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
+    x, w = operands(515, n, k, dtype, device)
+    c = adversarial(515, n, dtype, device, 3)
+    expected = product(x, w, c, 0.75, -1.5, path="reference")
+    half = dtype is not torch.float32
+    kernels = [("tile", v) for v in range(3 if half else matmul_cuda_proof.FP32_VARIANTS)]
+    kernels += [("skinny", v) for v in range(matmul_cuda_proof.SKINNY_VARIANTS) if half]
+    for path, variant in kernels:
+        for rows in (1, 2, 7, 8, 15, 33, 64, 65, 100, 129, 511, 512, 515):
+            if path == "skinny" and rows > matmul_cuda.SKINNY_ROWS:
+                continue
+            found = product(x[:rows], w, c[:rows], 0.75, -1.5, path=path, variant=variant)
+            expect(found, expected[:rows], (path, variant, rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 3, 77, 640])
+def test_fp32_is_one_chain_of_fmas(k: int, device: torch.device) -> None:
+    """The bits of the CPU's reference, written in numpy."""
+    x, w = operands(9, 33, k, torch.float32, device)
+    values = to_values(x.cpu()), to_values(w.t().cpu())
+    expected = from_values(reference.matmul(*values), torch.float32)
+    if k > 1:
+        turned = from_values(reference.matmul(values[0][:, ::-1], values[1][::-1]), torch.float32)
+        assert first_mismatch(turned, expected) is not None
+    expect(linear(x, w).cpu(), expected)
+    expect(linear(x, w, path="reference").cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [40, 200])
+def test_any_strides_and_a_bias(dtype: torch.dtype, rows: int, device: torch.device) -> None:
+    x, w = operands(rows, 300, 640, dtype, device)
+    bias = adversarial(1, 300, dtype, device, 5)[0]
     expected = linear(x, w, bias, path="reference")
     assert first_mismatch(expected, linear(x, w, path="reference")) is not None
-    wide = torch.zeros(40, 1300, dtype=dtype, device=x.device)
+    wide = torch.zeros(rows, 1300, dtype=dtype, device=device)
     wide[:, 1:1281:2] = x
-    shifted = torch.zeros(40 * 640 + 1, dtype=dtype, device=x.device)[1:].view(40, 640).copy_(x)
+    shifted = torch.zeros(rows * 640 + 1, dtype=dtype, device=device)[1:].view(rows, 640).copy_(x)
     column = w.t().contiguous().t()
     for given, weight in (
         (x, w),
         (wide[:, 1:1281:2], w),
         (shifted, w),
         (x, column),
-        (x[:, None].expand(40, 1, 640), w),
+        (x.t().contiguous().t(), column),
+        (x[:, None].expand(rows, 1, 640), w),
     ):
         found = linear(given, weight, bias.repeat_interleave(2)[::2])
-        assert first_mismatch(found.reshape(40, 300), expected) is None
+        expect(found.reshape(rows, 300), expected)
     odd = linear(x[:, :77], w[:, :77].contiguous())
-    assert first_mismatch(odd, linear(x[:, :77].contiguous(), w[:, :77].contiguous(), path="reference")) is None
+    expect(odd, linear(x[:, :77].contiguous(), w[:, :77].contiguous(), path="reference"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "k"), [(576, 576), (1280, 8192), (4096, 2880)])
-def test_a_proof_lets_cublaslt_run_and_changes_no_bit(n: int, k: int, dtype: torch.dtype) -> None:
-    x, w = operands(1500, n, k, dtype)
-    before = linear(x, w)
-    proof = prove(w, rows=(65, 128, 256, 777, 1024))
-    assert proof.compared == sum(proof.rows) * n
-    assert first_mismatch(linear(x, w), before) is None
-    assert first_mismatch(before, linear(x, w, path="reference")) is None
+def test_batches_are_products_of_their_own(dtype: torch.dtype, device: torch.device) -> None:
+    a, _ = operands(5 * 37, 8, 2100, dtype, device)
+    b, _ = operands(5 * 60, 8, 2100, dtype, device)
+    a, b = a.view(5, 37, 2100), b.view(5, 60, 2100).transpose(1, 2)
+    c = adversarial(5 * 37, 60, dtype, device, 2).view(5, 37, 60)
+    for i in range(5):
+        weight = b[i].t()
+        plain = product(a[i], weight, path="reference")
+        assert first_mismatch(product(a[i].flip(1), weight.flip(1), path="reference"), plain) is not None
+        for mine in (b, b.contiguous()):
+            expect(COVERED["aten::bmm"](a, mine)[i], plain)
+        expect(COVERED["aten::matmul"](a[None, :, :3], b)[0, i], plain[:3])
+        added = product(a[i], weight, c[i], 2.0, 0.5, path="reference")
+        expect(COVERED["aten::baddbmm"](c, a, b, beta=0.5, alpha=2)[i], added)
+        expect(COVERED["aten::addmm"](c[i], a[i], b[i], beta=0.5, alpha=2), added)
+        expect(COVERED["aten::mm"](a[i].t().contiguous().t(), b[i].contiguous()), plain)
+        expect(COVERED["aten::addmm"](c[i, 0] * torch.nan, a[i], b[i], beta=0), plain)
+        expect(COVERED["aten::mv"](a[i], b[i][:, 0]), product(a[i], weight[:1], path="reference")[:, 0])
+        expect(COVERED["aten::dot"](a[i, 0], b[i][:, 0]), product(a[i, :1], weight[:1], path="reference")[0, 0])
+    assert COVERED["aten::bmm"](a[:0], b[:0]).shape == (0, 37, 60)
+    empty = COVERED["aten::addmm"](c[0], a[0, :, :0], b[0, :0])
+    expect(empty, c[0])
 
 
 @pytest.mark.gpu
-def test_a_split_sum_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's default splits k here: with the switch out of order the proof says so, and torch's default is no path."""
-    _, w = operands(1, 4096, 12288, torch.bfloat16)
-    monkeypatch.setattr(matmul_cuda, "no_split", nullcontext)
-    with pytest.raises(Diverged, match="cuBLASLt without split-K at 16 x 12288 x 4096"):
-        prove(w, rows=(16,))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", list(COVERED))
+def test_each_operation_has_a_proof(op: str, dtype: torch.dtype) -> None:
+    cases, results = prove(op, dtype)
+    assert cases > 0 and len(results) == cases * dtype.itemsize
 
 
 @pytest.mark.gpu
-def test_settings_are_put_back() -> None:
-    flags = torch.backends.cuda.matmul
-    before = (torch.backends.cuda.preferred_blas_library(), flags.allow_bf16_reduced_precision_reduction)
-    with pytest.raises(ZeroDivisionError), no_split():
-        raise ZeroDivisionError
-    assert (torch.backends.cuda.preferred_blas_library(), flags.allow_bf16_reduced_precision_reduction) == before
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("n", "k", "bias"), [(576, 576, True), (1280, 8192, True), (4096, 4096, False)])
+def test_a_shape_is_proved_at_every_number_of_rows(
+    n: int, k: int, bias: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, w = operands(1500, n, k, dtype, device)
+    c = adversarial(1, n, dtype, device, 5)[0] if bias else None
+    before = linear(x, w, c)
+    expect(linear(x[:300], w, c), linear(x[:300], w, c, path="reference"))
+    measured = prove_shape(n, k, dtype, device, bias=bias)
+    assert measured.table.compared >= 1024 * 1025 // 2 * n
+    default_differs = False
+    for rows in (*range(1, 140), 511, 777, 1024, 1025, 1499, 1500):
+        expect(linear(x[:rows], w, c), before[:rows], rows)
+        plain = torch.nn.functional.linear(x[:rows], w, c)
+        default_differs |= first_mismatch(plain, before[:rows]) is not None
+    if k >= 4096:
+        assert default_differs, "torch's default splits k here: a sweep in which it does not show proves little"
 
 
 @pytest.mark.gpu
-def test_what_does_not_fit_is_refused() -> None:
-    x, w = operands(4, 16, 32, torch.bfloat16)
+def test_a_kernel_with_another_order_is_not_proved(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """cuBLASLt with other bytes is left out, and csrc's kernels with other bytes end the proof."""
+
+    def turned(algorithm: bytes, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, out: torch.Tensor) -> None:
+        matmul_cuda.run("tile", x.flip(1), w.flip(1), c, out)
+
+    monkeypatch.setattr(matmul_cuda, "run_cublaslt", turned)
+    monkeypatch.setattr(matmul_cuda_proof, "_graph_time", lambda choice, *_: 1.0 + (choice.path != "cublaslt_no_split"))
+    measured = prove_shape(1024, 512, torch.bfloat16, device)
+    assert measured.failed and "cuBLASLt gives other bytes at" in measured.failed[0]
+    assert all(choice.path != "cublaslt_no_split" for choice in measured.table.choices)
+    whole = matmul_cuda.run
+
+    def wrong(path: str, x: torch.Tensor, w: torch.Tensor, *rest: object, **more: object) -> None:
+        turn = path == "skinny" and len(x) == 7
+        whole(path, x.flip(1) if turn else x, w.flip(1) if turn else w, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(matmul_cuda, "run", wrong)
+    monkeypatch.setattr(matmul_cuda_proof, "_graph_time", lambda choice, *_: 1.0 + (choice.path != "skinny"))
+    with pytest.raises(Diverged, match=r"skinny .* at 7 x 512 x 1024"):
+        prove_shape(1024, 512, torch.bfloat16, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_runs_inside_a_graph(dtype: torch.dtype, device: torch.device) -> None:
+    x, w = operands(200, 512, 2560, dtype, device)
+    expected = linear(x, w)
+    prove_shape(512, 2560, dtype, device, rows=(1, 200))
+    linear(x, w)
+    static = torch.zeros_like(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [linear(static, w), linear(static[:3], w), COVERED["aten::mm"](static, w.t())]
+    static.copy_(x)
+    graph.replay()
+    for one in found:
+        expect(one, expected[: len(one)])
+
+
+@pytest.mark.gpu
+def test_what_does_not_fit_is_refused(device: torch.device) -> None:
+    x, w = operands(4, 16, 32, torch.bfloat16, device)
     with pytest.raises(UsageError, match=r"operands of shapes \[4, 32\], \[16, 16\] do not fit"):
         linear(x, w[:, :16])
-    with pytest.raises(UnsupportedDtype, match=r"torch\.float32"):
-        linear(x.float(), w.float())
+    with pytest.raises(UnsupportedDtype, match=r"torch\.float64"):
+        linear(x.double(), w.double())
     with pytest.raises(UsageError, match="one dtype"):
         linear(x, w.half())
+    with pytest.raises(UsageError, match="one GPU"):
+        linear(x, w.cpu())
     with pytest.raises(UsageError, match="no path 'fast'"):
         linear(x, w, path="fast")
+    with pytest.raises(NativeError, match="at most 512 rows"):
+        linear(x.repeat(200, 1), w, path="skinny")
     assert linear(x[:0], w).shape == (0, 16)
+    assert matmul_cuda.mm(x.long(), w.t().long()) is NotImplemented
 
 
-def test_rows_are_cut_into_proved_sizes_then_64() -> None:
-    assert list(pieces(777, (128, 512))) == [
-        (0, 512, "cublaslt_no_split"),
-        (512, 128, "cublaslt_no_split"),
-        (640, 128, "cublaslt_no_split"),
-        (768, 9, "skinny"),
+def test_leaves_do_not_depend_on_rows() -> None:
+    """The published numbers: a change here changes bits."""
+    length = matmul_table.leaf_length
+    assert [length(k, n, torch.bfloat16) for k, n in ((4096, 4096), (8192, 2048), (8192, 1280), (2880, 32), (2048, 1))] == [
+        4096, 8192, 2048, 2048, 2048,
+    ]  # fmt: skip
+    assert [length(k, 64, torch.float16) for k in (16384, 16392, 32768, 40000)] == [2048, 4096, 4096, 6144]
+    assert length(8192, 1280, torch.float32) == 8192
+
+
+def test_a_table_chooses_by_rows() -> None:
+    key = matmul_table.Key(8, 16, torch.bfloat16, 16, False, 0)
+    choices = (matmul_table.Choice("skinny", 3), matmul_table.Choice("cublaslt_no_split", -1, b"a"))
+    table = matmul_table.Table(key, (64, 16384), choices, 1024, (1024, 2048, 4096), 1)
+    assert [table.choose(rows).path for rows in (1, 64, 65, 20000)] == ["skinny"] * 2 + ["cublaslt_no_split"] * 2
+    assert [table.piece(rows) for rows in (1, 1024, 1025, 2047, 2048, 4095, 9999)] == [
+        1,
+        1024,
+        1024,
+        1024,
+        2048,
+        2048,
+        4096,
     ]
-    assert list(pieces(130, ())) == [(0, 64, "skinny"), (64, 64, "skinny"), (128, 2, "skinny")]
-    assert list(pieces(0, (128,))) == []
+    matmul_table.use([table])
+    assert matmul_table.table(key) is table and matmul_table.table(key._replace(added=True)) is None
