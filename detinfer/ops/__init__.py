@@ -4,11 +4,10 @@ A family (``matmul``, ``attention``, ``elementwise``, ``rows``; on a GPU ``matmu
 
 - ``COVERED``, the operations that it computes in their canonical order, each with its function;
 - ``REDUCES``, those of them that contain a reduction (the others have no order to get wrong);
-- ``prove(op, dtype)``, a bitwise comparison of an operation with ``detinfer.reference`` on this machine;
-- on a GPU, ``PORTABLE``, the dtypes in which its bits are those of ``detinfer.reference``: on CPU all are.
+- ``prove(op, dtype)``, a bitwise comparison of an operation with its reference on this machine.
 
 ``elementwise`` also has ``IEEE``, the operations that torch's own kernels compute with one IEEE rounding per element,
-and ``prove_ieee(op, dtype)``. Operations are spelled as torch names them: ``aten::silu``, ``aten::mean.dim``; an
+and ``prove_ieee(op, dtype)``; on a GPU it has ``VALUES`` as well, torch's own exp and its kin, and ``prove_values``. Operations are spelled as torch names them: ``aten::silu``, ``aten::mean.dim``; an
 overload called ``default`` is left out. Nothing here loads the native library: the first call does.
 """
 
@@ -27,6 +26,13 @@ FAMILIES = ("matmul", "attention", "elementwise", "rows")
 
 FAMILIES_ON: dict[str, tuple[str, ...]] = {"cpu": FAMILIES, "cuda": ()}
 """The families of each kind of device."""
+
+_PORTABLE: dict[str, frozenset[torch.dtype]] = {
+    "matmul_cuda": frozenset({torch.float32}),
+    "attention_cuda": frozenset(),
+}
+"""The dtypes in which a family's bits are the same on every machine, for those families of which not all are: matrix
+units of two GPUs may add in two orders."""
 
 _IEEE_HOME = {"cpu": "elementwise", "cuda": "elementwise_cuda"}
 
@@ -54,11 +60,10 @@ def covered(device: str = "cpu") -> Mapping[str, Covered]:
     table: dict[str, Covered] = {}
     for name in FAMILIES_ON[device]:
         module = family(name)
-        portable = None if device == "cpu" else frozenset(module.PORTABLE)
         for op, function in module.COVERED.items():
             if op in table:
                 raise RuntimeError(f"{op} is covered by {table[op].family} and by {name}: one of them has to go")
-            table[op] = Covered(op, name, function, op in module.REDUCES, portable)
+            table[op] = Covered(op, name, function, op in module.REDUCES, _PORTABLE.get(name))
     return MappingProxyType(table)
 
 
@@ -69,6 +74,13 @@ def ieee_operations(device: str = "cpu") -> frozenset[str]:
     return frozenset(family(home).IEEE) if home in FAMILIES_ON[device] else frozenset()
 
 
+@functools.cache
+def value_operations(device: str = "cpu") -> frozenset[str]:
+    """Operations of torch's own whose bits follow from the operands' values, on this machine: none on CPU."""
+    home = _IEEE_HOME[device]
+    return frozenset(family(home).VALUES) if device != "cpu" and home in FAMILIES_ON[device] else frozenset()
+
+
 def prove(op: str, dtype: torch.dtype, device: str = "cpu") -> tuple[int, bytes]:
     """Compare ``op`` with its reference on this machine: how many results were compared, and their bytes.
 
@@ -76,5 +88,7 @@ def prove(op: str, dtype: torch.dtype, device: str = "cpu") -> tuple[int, bytes]
     """
     found = covered(device).get(op)
     name, proof = (found.family, "prove") if found is not None else (_IEEE_HOME[device], "prove_ieee")
+    if found is None and op in value_operations(device):
+        proof = "prove_values"
     cases, results = getattr(family(name), proof)(op, dtype)
     return cases, results

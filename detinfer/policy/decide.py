@@ -9,7 +9,8 @@ The questions come in this order, and the first that says yes decides:
 3. Are all its dtypes integers or booleans, and is it torch's own? Exact in any order: torch's own path.
 4. Does it only move bytes? torch's own path; a cast on the way needs the proof of casts.
 5. Is it one IEEE rounding per element? torch's own path, once that is proved.
-6. Does the policy allow it by name? torch's own path, without a proof.
+6. On a GPU: do its bits follow from the operands' values alone? torch's own path, once that is proved.
+7. Does the policy allow it by name? torch's own path, without a proof.
 
 Anything else is refused: an operation that nobody has looked at never runs on a guess.
 """
@@ -61,7 +62,8 @@ class Known:
     """What decisions about operations on one kind of device are made from.
 
     ``covered`` holds every covered operation, in-place and ``out`` forms included (they name the operation whose
-    proof stands for them); ``ieee`` the operations whose torch kernels round once per element; ``prove`` gives the
+    proof stands for them); ``ieee`` the operations whose torch kernels round once per element, ``values`` those whose
+    bits follow from the operands' values on one kind of machine; ``prove`` gives the
     proof of an operation for a dtype, or the reason why there is none; ``random`` says which operations draw random
     numbers. ``elsewhere`` holds the same for other kinds of device.
     """
@@ -70,6 +72,7 @@ class Known:
     ieee: Mapping[str, str]
     prove: Callable[[str, torch.dtype], Proof | Refused]
     random: Callable[[str], bool]
+    values: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
     elsewhere: Mapping[str, Known] = field(default_factory=dict)
 
@@ -133,6 +136,9 @@ def _decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Kno
         return Refused(op, known.torch_path, refusals.SCALED)
     if op in known.ieee:
         return _proved(op, known.ieee[op], known.torch_path, "one IEEE rounding per element", floating, known)
+    if op in known.values:
+        why = "the same values give the same bits wherever they stand"
+        return _proved(op, known.values[op], known.torch_path, why, floating, known, frozenset())
     return Refused(op, known.torch_path, refusals.reason(op))
 
 

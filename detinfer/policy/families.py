@@ -19,7 +19,9 @@ from detinfer.policy.policy import Proof, Refused
 
 @dataclass(frozen=True, eq=False)
 class Families:
-    """Covered operations of one kind of device with their functions, the IEEE operations, and how both are proved.
+    """Covered operations of one kind of device with their functions, those of torch's own, and how all are proved.
+
+    ``ieee`` round once per element; of ``values`` the bits follow from the operands' values, on one kind of machine.
 
     ``level`` names the instruction set in use (on a GPU: the GPU): a proof holds for that one only. ``elsewhere`` holds
     the families of other kinds of device, by torch's names for these (``cuda``).
@@ -29,6 +31,7 @@ class Families:
     ieee: frozenset[str]
     prove: Callable[[str, torch.dtype], Proof | Refused]
     level: Callable[[], bytes]
+    values: frozenset[str] = frozenset()
     device: str = "cpu"
     elsewhere: Mapping[str, Families] = field(default_factory=dict)
 
@@ -37,23 +40,27 @@ class Families:
         """The same without the functions: what ``decide`` is given."""
         covered: dict[str, Family] = {}
         ieee: dict[str, str] = {}
+        values: dict[str, str] = {}
         for op, found in self.covered.items():
             for overload in forms(op):
                 covered.setdefault(overload.name, self._family(op, found))
-        for op in sorted(self.ieee):
-            for overload in forms(op):
-                ieee.setdefault(overload.name, op)
+        for table, operations in ((ieee, self.ieee), (values, self.values)):
+            for op in sorted(operations):
+                for overload in forms(op):
+                    table.setdefault(overload.name, op)
         # An operation that is listed itself is proved itself.
         covered |= {op: self._family(op, found) for op, found in self.covered.items()}
         ieee |= {op: op for op in self.ieee}
+        values |= {op: op for op in self.values}
         elsewhere = {device: families.known for device, families in self.elsewhere.items()}
         return Known(
-            MappingProxyType(covered),
-            MappingProxyType(ieee),
-            self.prove,
-            draws,
-            self.device,
-            MappingProxyType(elsewhere),
+            covered=MappingProxyType(covered),
+            ieee=MappingProxyType(ieee),
+            prove=self.prove,
+            random=draws,
+            values=MappingProxyType(values),
+            device=self.device,
+            elsewhere=MappingProxyType(elsewhere),
         )
 
     def _family(self, op: str, found: Covered) -> Family:
@@ -65,9 +72,13 @@ def own() -> Families:
     """detinfer's own families: of CPU, and of CUDA devices where torch was built for them."""
     elsewhere = {}
     if torch.version.cuda is not None:
-        prove = functools.partial(proofs.prove, device="cuda")
         elsewhere["cuda"] = Families(
-            ops.covered("cuda"), ops.ieee_operations("cuda"), prove, proofs.gpu_level, device="cuda"
+            covered=ops.covered("cuda"),
+            ieee=ops.ieee_operations("cuda"),
+            prove=functools.partial(proofs.prove, device="cuda"),
+            level=proofs.gpu_level,
+            values=ops.value_operations("cuda"),
+            device="cuda",
         )
     return Families(ops.covered(), ops.ieee_operations(), proofs.prove, proofs.level, elsewhere=elsewhere)
 

@@ -31,8 +31,8 @@ def explain(
 
 
 def _explain(policy: Policy, dtypes: Sequence[torch.dtype], known: Known) -> list[Decision]:
-    computing = [op for op in (*known.covered, *known.ieee) if op not in COPIES]
-    rest = [op for op in (*policy.allow, *refusals.EXAMPLES) if op not in known.covered and op not in known.ieee]
+    computing = [op for op in (*known.covered, *known.ieee, *known.values) if op not in COPIES]
+    rest = [op for op in (*policy.allow, *refusals.EXAMPLES) if op not in computing]
     found: dict[tuple[str, Decision], Decision] = {}
     for op in dict.fromkeys((*computing, CAST, *sorted(COPIES), *rest)):
         for dtype in dtypes:

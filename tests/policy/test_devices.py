@@ -32,7 +32,8 @@ def families(device: str, ieee: tuple[str, ...] = (), broken: tuple[str, ...] = 
         return Refused(op, device, "row 3 differs") if op in broken else Proof(f"{op} {device}", "fake", 1, "00")
 
     covered = {"aten::mm": Covered("aten::mm", f"fake_{device}", mm, True, frozenset({FP32}))}
-    return Families(covered, frozenset(ieee), prove, lambda: device.encode(), device=device)
+    values = frozenset({"aten::exp"})
+    return Families(covered, frozenset(ieee), prove, lambda: device.encode(), values, device=device)
 
 
 @pytest.fixture
@@ -47,6 +48,7 @@ CALLS: list[tuple[str, tuple[torch.dtype, ...], Any, str]] = [
     ("aten::mm", (BF16,), Accepted, "cuda/fake"),
     ("aten::mm", (torch.float64,), Refused, "no canonical order on CUDA"),
     ("aten::add.Tensor", (BF16,), Refused, "row 3 differs"),
+    ("aten::exp_", (BF16,), Accepted, "torch/cuda"),
     ("aten::view", (BF16,), Accepted, "torch/cuda"),
     ("aten::eq.Tensor", (torch.int64,), Accepted, "torch/cuda"),
     ("aten::cumsum", (BF16,), Refused, "running sum"),
@@ -69,6 +71,7 @@ def test_what_is_portable_says_its_family(known: Known) -> None:
         here = decide(Policy(), "aten::mm", (dtype,), there)
         assert isinstance(here, Accepted) and here.portable is (dtype is FP32)
         assert isinstance(decide(portable, "aten::mm", (dtype,), there), kind)
+    assert isinstance(decide(portable, "aten::exp", (FP32,), there), Refused)
 
 
 class Elsewhere(torch.Tensor):
@@ -195,6 +198,7 @@ def test_the_tables_of_every_device_fit_torch() -> None:
     for device, names in ops.FAMILIES_ON.items():
         table = ops.covered(device)
         assert {found.family for found in table.values()} <= set(names)
-        assert set(table).isdisjoint(ops.ieee_operations(device))
-        there = replace(own(), covered=table, ieee=ops.ieee_operations(device), device=device, elsewhere={})
+        ieee, values = ops.ieee_operations(device), ops.value_operations(device)
+        assert len(ieee | values | set(table)) == len(ieee) + len(values) + len(table)
+        there = replace(own(), covered=table, ieee=ieee, values=values, device=device, elsewhere={})
         assert set(table) <= set(there.known.covered)
