@@ -21,6 +21,9 @@ Collective = Literal["all_reduce", "reduce_scatter", "all_gather"]
 SHARED_MEMORY = "csrc/all_reduce"
 """The path between ranks of one host that share memory."""
 
+PEER_MEMORY = "cuda/all_reduce"
+"""The path between GPUs of one host that reach each other's memory."""
+
 ORDERED_GATHER = "ordered_gather"
 """The path of every other group: the backend's all_gather, then the ordered sum on each rank."""
 

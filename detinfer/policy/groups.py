@@ -1,7 +1,8 @@
 """A process group under a policy: how its ranks are joined, the proofs made at its size, and its collectives.
 
-Ranks of one host share memory (``collectives.connect``). Where they cannot, every collective is the backend's
-all_gather and the ordered sum on each rank: slower, the same bytes.
+Ranks of one host share memory (``collectives.connect``); GPUs of one host that reach each other write into each other's
+(``collectives.cuda.connect``). Where they cannot, every collective is the backend's all_gather and the ordered sum on each
+rank: slower, the same bytes.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ import datetime
 import secrets
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from detinfer import native
 from detinfer.collectives import communicator
 from detinfer.collectives.communicator import Communicator, connect
+from detinfer.collectives.cuda import CudaCommunicator
+from detinfer.collectives.cuda import connect as connect_gpus
 from detinfer.collectives.ordered_gather import reduce_gathered
 from detinfer.errors import DetinferError, PeerError, RefusedError, UsageError
-from detinfer.policy.collectives import ORDERED_GATHER, SHARED_MEMORY, Collective, Ranks
+from detinfer.policy.collectives import ORDERED_GATHER, PEER_MEMORY, SHARED_MEMORY, Collective, Ranks
 from detinfer.policy.policy import Policy, Proof, Refused
 from detinfer.policy.rank_proofs import compare, gathered, shared_memory, ways
 from detinfer.policy.state import STATE
@@ -44,25 +49,24 @@ class Group:
         self.settled: dict[Any, Any] = {}
         """What ``policy`` has decided: the overrides' memo."""
         self._proofs: dict[tuple[Collective, str, torch.dtype], Proof | Refused] = {}
-        self.communicator: Communicator | None = None
+        self.communicator: Communicator | CudaCommunicator | None = None
         self.why = ""
         """Why the ranks share no memory; empty where they do."""
         _outside_of_capture(device)
         with STATE.torch_alone():
             self._join(group)
-        path = ORDERED_GATHER if self.communicator is None else SHARED_MEMORY
-        self.ranks = Ranks(self.size, path, self.prove)
 
     def _join(self, group: dist.ProcessGroup) -> None:
-        if self._device.type != "cpu":
+        joins: dict[str, Callable[[dist.ProcessGroup], Communicator | CudaCommunicator]] = {
+            "cpu": self._share_memory,
+            "cuda": self._reach_each_other,
+        }
+        join = joins.get(self._device.type)
+        if join is None:
             self.why = f"its tensors are on {self._device.type}"
             return
         try:
-            name, others = self._agree(f"{secrets.token_hex(16)} {communicator.host()}")
-            if others:
-                raise UsageError(f"ranks are on several hosts: {', '.join(others)}")
-            timeout = self._patience(group)
-            self.communicator = connect(name=name, rank=self.rank, size=self.size, timeout=timeout)
+            self.communicator = join(group)
         except PeerError:
             raise
         except (DetinferError, OSError) as error:
@@ -71,6 +75,30 @@ class Group:
         if not self._all_agree(self.communicator is not None) and self.communicator is not None:
             self.communicator.close()
             self.communicator, self.why = None, "another rank has no shared memory"
+
+    def _share_memory(self, group: dist.ProcessGroup) -> Communicator:
+        name, others = self._agree(f"{secrets.token_hex(16)} {communicator.host()}")
+        if others:
+            raise UsageError(f"ranks are on several hosts: {', '.join(others)}")
+        return connect(name=name, rank=self.rank, size=self.size, timeout=self._patience(group))
+
+    def _reach_each_other(self, group: dist.ProcessGroup) -> CudaCommunicator:
+        # What one rank alone may lack is agreed on first: connecting is done by all ranks or by none.
+        state = native.load_gpu()
+        if not self._all_agree(isinstance(state, native.Loaded)):
+            raise UsageError(state.reason if isinstance(state, native.NotLoaded) else "another rank has no GPU library")
+        return connect_gpus(group, device=self._device, timeout=self._patience(group))
+
+    def takes(self, collective: Collective, dtype: torch.dtype) -> bool:
+        """Whether the ranks' own kernels do it: between GPUs they reduce float32, bfloat16 and float16 and copy all."""
+        if self.communicator is None:
+            return False
+        return self._device.type == "cpu" or collective == "all_gather" or dtype in native.DTYPES
+
+    def ranks(self, collective: Collective, dtype: torch.dtype) -> Ranks:
+        """The group as a decision about ``collective`` of ``dtype`` sees it."""
+        own = SHARED_MEMORY if self._device.type == "cpu" else PEER_MEMORY
+        return Ranks(self.size, own if self.takes(collective, dtype) else ORDERED_GATHER, self.prove)
 
     def _agree(self, mine: str) -> tuple[str, list[str]]:
         """(a name that all ranks have, the hosts where they are not the same) of each rank's name and host."""
@@ -102,9 +130,9 @@ class Group:
         return self._proofs[subject]
 
     def _prove(self, subject: tuple[Collective, str, torch.dtype]) -> Proof | Refused:
-        collective, reduction, _ = subject
-        op, path = f"{collective}({reduction})", self.ranks.path
-        if self.communicator is not None:
+        collective, reduction, dtype = subject
+        op, path = f"{collective}({reduction})", self.ranks(collective, dtype).path
+        if self.communicator is not None and self.takes(collective, dtype):
             run = shared_memory(self.communicator, collective, reduction)
         else:
 
@@ -136,7 +164,7 @@ class Group:
 
     def all_reduce(self, tensor: torch.Tensor, reduction: str, *, write: bool = True) -> None:
         """Reduce ``tensor`` over the ranks, in place; a rank that does not ``write`` only takes part."""
-        if self.communicator is not None:
+        if self.communicator is not None and self.takes("all_reduce", tensor.dtype):
             self.communicator.all_reduce(
                 tensor,
                 op=reduction,  # type: ignore[arg-type]
@@ -150,7 +178,7 @@ class Group:
     def reduce_scatter(self, output: torch.Tensor, whole: torch.Tensor, reduction: str) -> None:
         """Write this rank's slice of the reduced ``whole``, along its first dimension, into ``output``."""
         flat = whole.reshape(self.size, -1)
-        if self.communicator is not None:
+        if self.communicator is not None and self.takes("reduce_scatter", whole.dtype):
             mine = self.communicator.reduce_scatter(flat, op=reduction)  # type: ignore[arg-type]
         else:
             mine = reduce_gathered([part[self.rank] for part in self.gather(flat)], reduction)
@@ -158,9 +186,16 @@ class Group:
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's ``tensor``."""
-        if self.communicator is not None:
+        if self.communicator is not None:  # it takes every dtype
             return list(self.communicator.all_gather(tensor.reshape(1, *tensor.shape)).unbind(0))
         return self.gather(tensor)
+
+    def gather_into(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Write every rank's ``tensor``, one after the other, into ``output``."""
+        if isinstance(self.communicator, CudaCommunicator) and output.is_contiguous() and tensor.numel():
+            self.communicator.all_gather(tensor.reshape(1, -1), out=output.detach().view(self.size, -1))
+        else:
+            output.detach().copy_(torch.stack(self.all_gather(tensor)).view(output.shape))
 
     def close(self) -> None:
         """Leave the others."""
@@ -176,6 +211,11 @@ def _outside_of_capture(device: torch.device) -> None:
         )
 
 
+_of_gpus: weakref.WeakKeyDictionary[Any, Group] = weakref.WeakKeyDictionary()
+"""Groups of GPUs, for the life of the process: a CUDA graph that was captured inside a policy may be replayed after it, and
+a rank that frees its buffers while another still writes into them would bring both down."""
+
+
 class Groups:
     """The groups met under the policies in force, each from its first collective on."""
 
@@ -185,6 +225,8 @@ class Groups:
 
     def of(self, group: dist.ProcessGroup, device: torch.device) -> Group:
         """The group's state for ``device``; the first call of a group is made by all its ranks together."""
+        if device.type == "cuda":
+            return self._of_gpus(group, device)
         by_device = self._found.get(group)
         found = None if by_device is None else by_device.get(device.type)
         if found is None:
@@ -193,8 +235,16 @@ class Groups:
                 self._found.setdefault(group, {})[device.type] = found
         return found
 
+    def _of_gpus(self, group: dist.ProcessGroup, device: torch.device) -> Group:
+        found = _of_gpus.get(group)
+        if found is None:
+            found = Group(group, device)
+            with self._lock:
+                _of_gpus[group] = found
+        return found
+
     def close(self) -> None:
-        """Leave them all."""
+        """Leave them all, but for groups of GPUs."""
         for by_device in list(self._found.values()):
             for found in by_device.values():
                 found.close()

@@ -1,6 +1,7 @@
 """Every decision that a policy makes about collectives on this machine, path by path, without any process group.
 
-The proofs are made between three threads of this process: from three ranks on an order shows.
+The proofs are made between three threads of this process, those of the GPU's path between three streams of one GPU: from
+three ranks on an order shows.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 
 from detinfer.collectives.calls import OPS
 from detinfer.collectives.communicator import Communicator, connect
+from detinfer.collectives.cuda import CudaCommunicator, connect_here
 from detinfer.errors import DetinferError
 from detinfer.policy import refusals
-from detinfer.policy.collectives import BACKEND, COVERED, ORDERED_GATHER, SHARED_MEMORY, Collective, Ranks
+from detinfer.policy.collectives import BACKEND, COVERED, ORDERED_GATHER, PEER_MEMORY, SHARED_MEMORY, Collective, Ranks
 from detinfer.policy.decide import decide
 from detinfer.policy.families import own
 from detinfer.policy.policy import Decision, Policy, Proof, Refused
@@ -36,30 +38,68 @@ def explain_collectives(policy: Policy, dtypes: Sequence[torch.dtype] = refusals
     """What ``policy`` decides for every covered operator, canonical reduction, path and dtype; each decision once."""
     with ThreadPoolExecutor(SIZE) as pool:
         found: dict[Decision, None] = {}
-        shared = _shared(pool)
+        shared, gpus = _shared(pool), _on_one_gpu()
         try:
-            for path, prove in ((SHARED_MEMORY, _among(pool, shared)), (ORDERED_GATHER, _here)):
+            paths: list[tuple[str, Prove]] = [(SHARED_MEMORY, _among(pool, shared)), (ORDERED_GATHER, _here)]
+            if torch.cuda.is_available():
+                paths.insert(1, (PEER_MEMORY, _among_streams(pool, gpus)))
+            for path, prove in paths:
                 ranks = Ranks(SIZE, path, prove)
                 for op, collective in COVERED.items():
                     for reduction in ("",) if collective == "all_gather" else OPS:
                         for dtype in dtypes:
                             found[decide(policy, op, (dtype,), own().known, variant=reduction, ranks=ranks)] = None
         finally:
-            for communicator in shared if isinstance(shared, list) else ():
-                communicator.close()
+            for communicators in (shared, gpus):
+                for one in communicators if isinstance(communicators, list) else ():
+                    one.close()
     reducing = [op for op, collective in COVERED.items() if collective != "all_gather"]
     ranks = Ranks(SIZE, BACKEND, lambda *subject: Refused(subject[0], BACKEND, UNORDERED))
     for op in reducing:
         found[decide(policy, op, (torch.float32,), own().known, variant="sum", ranks=ranks)] = None
         found[decide(policy, op, (torch.float32,), own().known, variant="product", ranks=ranks)] = None
-        found[Refused(op, "csrc/cuda", _cuda())] = None
+        if not torch.cuda.is_available():
+            found[Refused(op, PEER_MEMORY, "there is no CUDA device on this machine")] = None
     return list(found)
 
 
-def _cuda() -> str:
+def _on_one_gpu() -> list[CudaCommunicator] | str:
     if not torch.cuda.is_available():
         return "there is no CUDA device on this machine"
-    return "torch.distributed's CUDA tensors take ordered_gather in this version"
+    try:
+        return connect_here(SIZE, torch.device("cuda", torch.cuda.current_device()), timeout=20.0)
+    except (DetinferError, OSError) as error:
+        return str(error)
+
+
+def _among_streams(pool: ThreadPoolExecutor, ranks: list[CudaCommunicator] | str) -> Prove:
+    if isinstance(ranks, str):
+        return lambda *subject: Refused(subject[0], PEER_MEMORY, ranks)
+    streams = {one.rank: torch.cuda.Stream(one.device) for one in ranks}  # type: ignore[no-untyped-call]
+
+    def prove(collective: Collective, reduction: str, dtype: torch.dtype) -> Proof | Refused:
+        subject = (collective, reduction, dtype)
+
+        def one(rank: CudaCommunicator) -> Proof:
+            run = shared_memory(rank, collective, reduction)
+            with torch.cuda.device(rank.device), torch.cuda.stream(streams[rank.rank]):
+                return compare(run, ways(PEER_MEMORY, collective), subject, rank.rank, SIZE, rank.device)
+
+        return _first(PEER_MEMORY, collective, lambda: list(pool.map(one, ranks)))
+
+    return _once(prove)
+
+
+def _once(prove: Prove) -> Prove:
+    known: dict[tuple[Collective, str, torch.dtype], Proof | Refused] = {}
+
+    def remembered(collective: Collective, reduction: str, dtype: torch.dtype) -> Proof | Refused:
+        subject = (collective, reduction, dtype)
+        if subject not in known:
+            known[subject] = prove(*subject)
+        return known[subject]
+
+    return remembered
 
 
 def _shared(pool: ThreadPoolExecutor) -> list[Communicator] | str:
@@ -73,7 +113,6 @@ def _shared(pool: ThreadPoolExecutor) -> list[Communicator] | str:
 def _among(pool: ThreadPoolExecutor, shared: list[Communicator] | str) -> Prove:
     if isinstance(shared, str):
         return lambda *subject: Refused(subject[0], SHARED_MEMORY, shared)
-    known: dict[tuple[Collective, str, torch.dtype], Proof | Refused] = {}
 
     def prove(collective: Collective, reduction: str, dtype: torch.dtype) -> Proof | Refused:
         subject = (collective, reduction, dtype)
@@ -82,11 +121,9 @@ def _among(pool: ThreadPoolExecutor, shared: list[Communicator] | str) -> Prove:
             run = shared_memory(ranks, collective, reduction)
             return compare(run, ways(SHARED_MEMORY, collective), subject, ranks.rank, SIZE)
 
-        if subject not in known:
-            known[subject] = _first(SHARED_MEMORY, collective, lambda: list(pool.map(one, shared)))
-        return known[subject]
+        return _first(SHARED_MEMORY, collective, lambda: list(pool.map(one, shared)))
 
-    return prove
+    return _once(prove)
 
 
 def _here(collective: Collective, reduction: str, dtype: torch.dtype) -> Proof | Refused:

@@ -13,10 +13,12 @@ import torch
 from detinfer.bits import as_bytes, dtype_name, unseen
 from detinfer.collectives.calls import PATHS
 from detinfer.collectives.communicator import Communicator
+from detinfer.collectives.cuda import CudaCommunicator
+from detinfer.collectives.cuda_paths import KNOWN
 from detinfer.collectives.ordered_gather import reduce_gathered
 from detinfer.collectives.stress import cancelling, special
 from detinfer.errors import Diverged
-from detinfer.policy.collectives import Collective
+from detinfer.policy.collectives import PEER_MEMORY, Collective
 from detinfer.policy.policy import Proof
 from detinfer.reference.all_reduce import Values
 from detinfer.reference.all_reduce import all_reduce as reference
@@ -114,13 +116,13 @@ def compare(
     return Proof(name, f"detinfer.reference.{collective}", cases, hashlib.sha256(whole.tobytes()).hexdigest())
 
 
-def shared_memory(ranks: Communicator, collective: Collective, reduction: str) -> Run:
+def shared_memory(ranks: Communicator | CudaCommunicator, collective: Collective, reduction: str) -> Run:
     """A communicator's collective as a proof calls it."""
 
     def run(own: torch.Tensor, way: str | None) -> torch.Tensor:
         path: Any = way
         if collective == "all_gather":
-            return ranks.all_gather(own)
+            return ranks.all_gather(own) if isinstance(ranks, Communicator) else ranks.all_gather(own, path=path)
         if collective == "reduce_scatter":
             return ranks.reduce_scatter(own, op=reduction, path=path)  # type: ignore[arg-type]
         return ranks.all_reduce(own, op=reduction, path=path)  # type: ignore[arg-type]
@@ -130,6 +132,8 @@ def shared_memory(ranks: Communicator, collective: Collective, reduction: str) -
 
 def ways(path: str, collective: Collective) -> tuple[str | None, ...]:
     """The ways that a proof has to take: those among which the path chooses by size."""
+    if path == PEER_MEMORY:
+        return KNOWN[collective]
     return PATHS[collective] if path.startswith("csrc/") and collective != "all_gather" else (None,)
 
 
