@@ -15,7 +15,7 @@ from detinfer.policy.copies import CAST, COPIES
 from detinfer.policy.overloads import forms
 from detinfer.policy.refusals import DTYPES, EXAMPLES
 
-COVERED = list(ops.covered())
+COVERED = [(device, op) for device in ops.FAMILIES_ON for op in ops.covered(device)]
 
 
 def schema(op: str) -> Any:
@@ -24,11 +24,11 @@ def schema(op: str) -> Any:
     return next(s for s in torch._C._jit_get_schemas_for_operator(base) if s.overload_name == overload)
 
 
-@pytest.mark.parametrize("op", COVERED)
-def test_functions_take_what_torch_passes(op: str) -> None:
+@pytest.mark.parametrize(("device", "op"), COVERED)
+def test_functions_take_what_torch_passes(device: str, op: str) -> None:
     """The dispatcher drops trailing defaults, and passes by name only what the schema says so."""
     arguments = schema(op).arguments
-    signature = inspect.signature(ops.covered()[op].function)
+    signature = inspect.signature(ops.covered(device)[op].function)
     by_name = [a for a in arguments if a.kwarg_only]
     by_place = [a for a in arguments if not a.kwarg_only]
     signature.bind(*by_place, **{a.name: None for a in by_name})
