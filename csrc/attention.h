@@ -2,7 +2,7 @@
 //
 // For one query row and its unmasked keys j_0 < j_1 < ...: s_j = (chain of FMAs over depth, ascending, from +0) * scale,
 // plus the mask's value if it has values; m = the greatest s_j; p_j = exp(s_j - m); l = row_sum of p_j with lanes
-// counted from j_0 (a masked key between others is a missing term); o = chain of FMAs over unmasked keys, ascending,
+// counted over the unmasked keys (a masked one takes no lane); o = chain of FMAs over unmasked keys, ascending,
 // from +0, of p_j * v_j; out = o / l, rounded once to the dtype. All of it in fp32. K and V of a masked key are never
 // used; a row without an unmasked key gives +0.
 #pragma once

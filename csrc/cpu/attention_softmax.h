@@ -31,6 +31,20 @@ inline void mark_holes(const MaskRow& mask, Range range, float* p) {
     store(p, unmasked(mask_values(mask, key)) ? load(p) : broadcast(-0.0f));
 }
 
+// row_sum of the p of the unmasked keys alone: a masked key takes no lane.
+inline float sum_of_unmasked(const MaskRow& mask, Range range, const float* p) {
+  alignas(64) float lanes[kRowLanes + kLanes];
+  for (int i = 0; i < kRowLanes + kLanes; i++) lanes[i] = -0.0f;
+  int64_t found = 0;
+  for (int64_t key = range.low; key < range.high; key += kLanes) {
+    const I kept = unmasked(mask_values(mask, key)) & lanes_below(range.high - key);
+    for (int i = 0; i < kLanes; i++)
+      if (kept[i] != 0) lanes[found++ % kRowLanes] += p[key - range.low + i];
+  }
+  return halve(row_sum<F, kLanes>(least(found, kRowLanes), broadcast(-0.0f),
+                                  [&](F sum, int64_t at, int) { return sum + load(lanes + at); }));
+}
+
 // Turns the scores of the row's keys into p = exp(score - greatest), in place, and returns their row_sum; what is left
 // of the last vector becomes 0. A NaN among the scores needs no care: its p, the sum and so the whole row are NaN.
 inline float softmax(const MaskRow& mask, Range range, float* scores) {
@@ -59,11 +73,14 @@ inline float softmax(const MaskRow& mask, Range range, float* scores) {
   const F top = splat(greatest(m[0] > m[2] ? m[0] : m[2]));
   for (i = 0; i < whole; i += kLanes) store(scores + i, exp(load(scores + i) - top));
   if (whole < count) store(scores + i, lanes_below(count - whole) ? exp(load(scores + i) - top) : F{});
-  const float sum = halve(row_sum<F, kLanes>(count, broadcast(-0.0f), [=](F lanes, int64_t at, int) {
+  if (range.holes) {
+    const float sum = sum_of_unmasked(mask, range, scores);
+    mark_holes(mask, range, scores);
+    return sum;
+  }
+  return halve(row_sum<F, kLanes>(count, broadcast(-0.0f), [=](F lanes, int64_t at, int) {
     return lanes + load(scores + at);  // what follows the last key in its vector is +0, and no p is negative
   }));
-  if (range.holes) mark_holes(mask, range, scores);
-  return sum;
 }
 
 }  // namespace

@@ -35,6 +35,7 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
 )
 @click.option("--fail-fast", is_flag=True, help="Stop at the first trial that diverges.")
 @click.option("--only-trial", type=int, metavar="N", help="Redo trial N alone.")
+@click.option("--axes", "axis_names", metavar="NAME,...", help="What to vary: batch, left-padding, chunks, ... [default: all].")
 @click.option("--target", "spec", metavar="TARGET", help="Where the model is now [default: where it was recorded].")
 @click.option("--tp", type=int, metavar="N", help="Ranks [default: as recorded; of vectors, all].")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON.")
@@ -49,6 +50,7 @@ def verify(
     control: bool,
     fail_fast: bool,
     only_trial: int | None,
+    axis_names: str | None,
     spec: str | None,
     tp: int | None,
     json_file: Path | None,
@@ -63,6 +65,7 @@ def verify(
 
     if is_vectors(golden):
         context.exit(vectors.verify(golden, tp, json_file))
+    from detinfer.goldens import axes
     from detinfer.goldens.format import Golden
     from detinfer.goldens.prepare import policy_of, prepare_again
     from detinfer.goldens.verify import Options, check_ranks, check_target, requests_of
@@ -71,7 +74,7 @@ def verify(
     from detinfer.reporters import json as json_reporter
     from detinfer.reporters import text
 
-    chosen = Options(n_trials, seed, layers, batch_sizes, control, fail_fast, only_trial)
+    chosen = Options(n_trials, seed, layers, batch_sizes, control, fail_fast, only_trial, axes.chosen(axis_names))
     console = Console(stderr=True, highlight=False, quiet=ranks.number() > 0)
     with ExitStack() as stack:
         with console.status("reading the golden") as status:

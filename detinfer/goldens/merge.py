@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from detinfer.goldens.collect import WHOLE
 from detinfer.goldens.result import (
+    AxisResult,
     Comparison,
     Consistency,
     Control,
@@ -58,7 +59,23 @@ def _invariance(parts: Sequence[Invariance], names: dict[str, int]) -> Invarianc
         divergences=everything[:KEPT],
         order_free=list(dict.fromkeys(op for part in parts for op in part.order_free)),
         reasons=_reasons([part.reasons for part in parts]),
+        axes=_axes([part.axes for part in parts]),
     )
+
+
+def _axes(parts: Sequence[Sequence[AxisResult]]) -> list[AxisResult]:
+    """All ranks walk the same axes: counts added up, the first row that differs wherever it was."""
+    return [
+        replace(
+            same[0],
+            verdict=_worst(one.verdict for one in same),
+            comparisons=sum(one.comparisons for one in same),
+            rows_compared=sum(one.rows_compared for one in same),
+            rows_differing=sum(one.rows_differing for one in same),
+            first=_first([one.first for one in same], {}),
+        )
+        for same in zip(*parts, strict=True)
+    ]
 
 
 def _golden(parts: Sequence[Comparison], names: dict[str, int]) -> Comparison:
@@ -82,6 +99,7 @@ def _control(parts: Sequence[Control], names: dict[str, int]) -> Control:
         rows_differing=sum(part.rows_differing for part in parts),
         units=_tallies([part.units for part in parts]),
         first=_first([part.first for part in parts], names),
+        axes=_axes([part.axes for part in parts]),
     )
 
 

@@ -19,7 +19,7 @@ class Divergence:
     ``row`` are the indices of the differing row in the output, ``element`` the index in that row; ``got`` and
     ``expected`` are the two values' bits in hex; ``ulp`` is their distance (None when one is NaN or the dtype has no
     ULP). ``command`` redoes just this comparison.
-    ``rank`` says on which of several ranks it was made.
+    ``rank`` says on which of several ranks it was made, ``axis`` along which axis other than the batch and how.
     """
 
     unit: str
@@ -42,6 +42,24 @@ class Divergence:
     note: str = ""
     command: str = ""
     rank: int | None = None
+    axis: str = ""
+
+
+@dataclass
+class AxisResult:
+    """One way in which a run may change (``axes.NAMES``), and how often and with what outcome it was changed.
+
+    ``note`` says how far it was changed or, where it was ``not_run``, why; ``first`` is the first row that differs.
+    """
+
+    name: str
+    what: str
+    verdict: Verdict = "not_run"
+    comparisons: int = 0
+    rows_compared: int = 0
+    rows_differing: int = 0
+    note: str = ""
+    first: Divergence | None = None
 
 
 @dataclass
@@ -92,6 +110,7 @@ class Invariance:
     sensitivity: list[Sensitivity] = field(default_factory=list)
     order_free: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    axes: list[AxisResult] = field(default_factory=list)
 
 
 @dataclass
@@ -129,6 +148,7 @@ class Control:
     rows_differing: int = 0
     units: list[Tally] = field(default_factory=list)
     first: Divergence | None = None
+    axes: list[AxisResult] = field(default_factory=list)
 
 
 @dataclass

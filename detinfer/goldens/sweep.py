@@ -101,7 +101,8 @@ class Sweep:
     ) -> None:
         self._target, self._requests, self._units = target, requests, units
         self._whole, self._command = whole, command
-        self._results: dict[Key, Node] = {}
+        self.results: dict[Key, Node] = {}
+        """What the whole model gave for each request alone; filled by ``alone``."""
         self.found = Swept({unit.name: Tally(unit.name, unit.kind, unit.type) for unit in units})
         if whole is not None:
             self.found.tallies[WHOLE] = Tally(WHOLE, "model", type(target.module).__name__)
@@ -115,7 +116,7 @@ class Sweep:
         if self._whole is not None:
             for index, request in enumerate(self._requests):
                 for step, node in enumerate(run(self._target, [request])):
-                    self._results[index, step] = node
+                    self.results[index, step] = node
                     yield None, (index, step), node
 
     def expect(self, trials: Sequence[Trial]) -> None:
@@ -128,7 +129,7 @@ class Sweep:
                     self.found.tallies[unit.name].rows_possible += _possible(nodes, dimensions)
             if self._whole is not None:
                 for step in range(self._requests[trial.batch[0]].steps):
-                    nodes = [self._results[index, step] for index in trial.batch]
+                    nodes = [self.results[index, step] for index in trial.batch]
                     self.found.tallies[WHOLE].rows_possible += _possible(nodes, self._whole[phase(step)])
 
     def _parts(self, unit: Replay, trial: Trial) -> Iterator[list[Key]]:
@@ -147,7 +148,7 @@ class Sweep:
             results = run(self._target, [self._requests[index] for index in trial.batch])
             for step, got in enumerate(results):
                 keys = [(index, step) for index in trial.batch]
-                expected = join([self._results[key] for key in keys], self._whole[phase(step)])
+                expected = join([self.results[key] for key in keys], self._whole[phase(step)])
                 self._judge(trial, None, keys, got, expected, self._whole)
         if self.found.rows_differing > before:
             self.found.diverged_trials.add(trial.number)

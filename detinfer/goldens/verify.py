@@ -11,14 +11,15 @@ import torch
 
 from detinfer import bits, environment, native
 from detinfer.errors import GoldenError, UsageError
-from detinfer.goldens import stress_inputs, tree
+from detinfer.goldens import axes, stress_inputs, tree
+from detinfer.goldens.axes import NAMES, SWEPT, Walk
 from detinfer.goldens.capture import Call
 from detinfer.goldens.collect import WHOLE, collect
 from detinfer.goldens.compare import by_digests, compare
 from detinfer.goldens.format import Golden
 from detinfer.goldens.merge import merge
 from detinfer.goldens.replay import Replay, replays
-from detinfer.goldens.result import Comparison, Control, Divergence, Invariance, Result, Sensitivity, Tally
+from detinfer.goldens.result import AxisResult, Comparison, Control, Divergence, Invariance, Result, Sensitivity, Tally
 from detinfer.goldens.runner import Request
 from detinfer.goldens.stress import probe
 from detinfer.goldens.stress_ranks import probe_ranks
@@ -34,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What to run: ``only_trial`` redoes one trial of the ``n_trials``."""
+    """What to run: ``only_trial`` redoes one trial of the ``n_trials``, and that case of each of the ``axes``."""
 
     n_trials: int = 50
     seed: int = 0
@@ -43,6 +44,7 @@ class Options:
     control: bool = False
     fail_fast: bool = False
     only_trial: int | None = None
+    axes: tuple[str, ...] = NAMES
 
     def __post_init__(self) -> None:
         if self.n_trials < 1:
@@ -53,14 +55,22 @@ class Options:
             raise UsageError(f"--only-trial {self.only_trial}: trials are counted from 0")
 
     def trials(self, requests: Sequence[Request]) -> list[Trial]:
-        """The trials to run, in order."""
+        """The trials to run, in order; none where no axis is chosen that trials vary."""
+        if not set(self.axes) & set(SWEPT):
+            return []
         count = max(self.n_trials, (self.only_trial or 0) + 1)
         planned = plan(requests, count, self.seed, self.batch_sizes)
         return planned[: self.n_trials] if self.only_trial is None else [planned[self.only_trial]]
 
-    def redo(self, path: str, unit: str, trial: int | None) -> str:
+    def cases(self) -> list[int]:
+        """The cases of each axis other than the trials': one for ten trials."""
+        return list(range(max(1, self.n_trials // 10))) if self.only_trial is None else [self.only_trial]
+
+    def redo(self, path: str, unit: str, trial: int | None, axis: str | None = None) -> str:
         """The command that redoes one comparison."""
         parts = ["detinfer", "verify", path, "--seed", str(self.seed)]
+        if axis is not None:
+            parts += ["--axes", axis]
         if unit != WHOLE:
             parts += ["--layers", f"'^{unit.partition('#')[0].replace('.', chr(92) + '.')}$'"]
         if self.batch_sizes is not None:
@@ -147,18 +157,27 @@ def verify(
         result.golden = _judge_golden(golden, sweep, units, chosen, recomputed, progress, redo)
         sweep.expect(trials)
         clock("alone")
-        _run(
-            sweep, trials[:1], options, progress, len(trials), ranks
-        )  # the first trial is traced, as the runs alone were
+        # The first trial and the first case of each axis are traced, as the runs alone were.
+        _run(sweep, trials[:1], options, progress, len(trials), ranks)
+        walk = Walk(target, requests, sweep.results, lambda axis, case: options.redo(str(golden.path), WHOLE, case, axis))
+        able = walk.able(options.axes if whole is not None else ())
+        cases = options.cases()
+        _walk(walk, able, cases[:1], options, progress, ranks)
     with deterministic(replace(policy, uncovered="trust")):
         if not (options.fail_fast and ranks.any(bool(sweep.found.divergences))):
             _run(sweep, trials[1:], options, progress, len(trials), ranks)
-        clock("trials")
+            clock("trials")
+            _walk(walk, able, cases[1:], options, progress, ranks)
+        clock("axes")
         progress("stress", 0, 1)
         sensitivity, order_free = _sensitivity(active, ranks)
         clock("stress")
     result.decisions = [*active.decisions_json(), *ranks.decisions()]
-    result.invariance = _invariance(sweep, trials, chosen, sensitivity, order_free)
+    found = sweep.found
+    swept = axes.swept(options.axes, trials, found.rows_compared, found.rows_differing, found.batches)
+    result.invariance = _invariance(
+        sweep, trials, chosen, sensitivity, order_free, [*swept, *walk.results.values()]
+    )
     result.golden = _staleness(result.golden, manifest, target, result.decisions)
 
     if options.control:
@@ -172,14 +191,19 @@ def verify(
                 progress("control", done, len(half))
                 control.trial(trial)
                 ranks.settle()
+            off = Walk(target, requests, control.results)
+            able = off.able([axis.name for axis in able])
+            _walk(off, able, cases[: (len(cases) + 1) // 2], options, progress, ranks)
+        differs = control.found.diverged_trials or any(axis.rows_differing for axis in off.results.values())
         result.control = Control(
-            verdict="diverged" if control.found.diverged_trials else "same",
+            verdict="diverged" if differs else "same",
             trials=len(half),
             trials_diverged=len(control.found.diverged_trials),
             rows_compared=control.found.rows_compared,
             rows_differing=control.found.rows_differing,
             units=list(control.found.tallies.values()),
             first=control.found.divergences[0] if control.found.divergences else None,
+            axes=list(off.results.values()),
         )
         clock("control")
     ranks.settle()
@@ -212,6 +236,19 @@ def _run(sweep: Sweep, trials: Iterable[Trial], options: Options, progress: Prog
         ranks.settle()
         if options.fail_fast and ranks.any(differs):
             return
+
+
+def _walk(
+    walk: Walk, able: Sequence[axes.Axis], cases: Sequence[int], options: Options, progress: Progress, ranks: Ranks
+) -> None:
+    """Run these cases of every axis; on several ranks all run the same ones."""
+    for number in cases:
+        for done, axis in enumerate(able):
+            progress("axes", done, len(able))
+            differs = walk.case(axis, number, options.seed)
+            ranks.settle()
+            if options.fail_fast and ranks.any(differs):
+                return
 
 
 def _load_inputs(
@@ -338,6 +375,7 @@ def _invariance(
     chosen: Sequence[dict[str, Any]],
     sensitivity: list[Sensitivity],
     order_free: list[str],
+    found_axes: list[AxisResult],
 ) -> Invariance:
     found = sweep.found
     tallies = list(found.tallies.values())
@@ -347,7 +385,7 @@ def _invariance(
     invariance = Invariance(
         trials=len(trials),
         batches=found.batches,
-        mean_batch=round(sum(len(trial.batch) for trial in trials) / len(trials), 2),
+        mean_batch=round(sum(len(trial.batch) for trial in trials) / max(1, len(trials)), 2),
         rows_possible=found.rows_possible,
         rows_compared=found.rows_compared,
         rows_differing=found.rows_differing,
@@ -355,6 +393,7 @@ def _invariance(
         divergences=found.divergences,
         sensitivity=sensitivity,
         order_free=order_free,
+        axes=found_axes,
     )
     reasons = invariance.reasons
     unstable = [probe for probe in sensitivity if not probe.invariant]
@@ -364,16 +403,19 @@ def _invariance(
         # Inputs are the recorded ones, so each unit that differs is a cause by itself: the innermost first one leads.
         names = {name: index for name, index in order.items() if name != WHOLE}
         invariance.first = min(found.divergences, key=lambda item: names.get(item.unit, len(names)))
-    if found.divergences or unstable:
+    if failed := axes.failures(found_axes):
+        reasons += failed
+        invariance.first = invariance.first or next(axis.first for axis in found_axes if axis.first is not None)
+    if found.divergences or unstable or failed:
         invariance.verdict = "diverged"
         return invariance
     unseen = [probe for probe in sensitivity if probe.seen is False]
     reasons += [f"{p.operation} ({p.dtype}, {p.shape}): a planted wrong order was not seen {p.note}" for p in unseen]
     if not any(probe.seen for probe in sensitivity):
         reasons.append("no operation with a reduction ran: no order could have differed")
-    if found.rows_compared == 0:
+    if found.rows_compared + sum(axis.rows_compared for axis in found_axes) == 0:
         reasons.append("no row was compared")
-    if all(len(trial.batch) == 1 for trial in trials):
+    if trials and all(len(trial.batch) == 1 for trial in trials):
         reasons.append("every batch had one row: nothing stood beside it")
     invariance.verdict = "vacuous" if reasons else "same"
     return invariance

@@ -5,13 +5,13 @@ The order of one query row over its unmasked keys ``j_0 < j_1 < ...``, all of it
     s_j = (chain of FMAs q_d * k_jd over d ascending, from +0) * scale [+ mask_j]
     m   = the greatest s_j, exact
     p_j = exp(s_j - m), the exp of the elementwise family
-    l   = row_sum of p_j, lanes counted from j_0; a masked key after j_0 is a missing term
+    l   = row_sum of p_j, lanes counted over the unmasked keys alone
     o_d = chain of FMAs p_j * v_jd over j ascending, from +0
     out = o_d / l, rounded once to the dtype
 
 In the contract's terms the whole row is one block: the greatest score is known before the first exponential, nothing
 is rescaled, and no number of blocks, splits or groups exists to depend on. So prefill, prefill in chunks, single-token
-decode, any batch, any padding outside of the unmasked keys and any number of threads give the same bytes.
+decode, any batch, any padding and any number of threads give the same bytes.
 
 A masked key (False in a bool mask, -inf in a float mask, past the diagonal of ``is_causal``) contributes nothing: its
 K and V are never used, NaN included. A row without an unmasked key gives +0. Other values of a float mask are added

@@ -35,14 +35,14 @@ def weights(s: Float, allowed: Allowed) -> Float:
 
 
 def weight_sums(p: Float, allowed: Allowed) -> Float:
-    """row_sum of each row of weights; lanes are counted from its first unmasked key, masked keys are missing terms."""
+    """row_sum of each row of weights over its unmasked keys: a masked one takes no lane, wherever it lies."""
     n = p.shape[-1]
     flat, seen = p.reshape(-1, n), allowed.reshape(-1, n)
-    shifted = np.full_like(flat, np.float32(-0.0))
+    held = np.full_like(flat, np.float32(-0.0))
     for row in range(len(flat)):
-        first = int(np.argmax(seen[row])) if n else 0
-        shifted[row, : n - first] = np.where(seen[row], flat[row], np.float32(-0.0))[first:]
-    return rows.row_sum(shifted).reshape(p.shape[:-1])
+        kept = flat[row][seen[row]]
+        held[row, : len(kept)] = kept
+    return rows.row_sum(held).reshape(p.shape[:-1])
 
 
 def attention(q: Float, k: Float, v: Float, scale: float, allowed: Allowed, added: Float | None = None) -> Float:

@@ -24,6 +24,8 @@ def show(result: Result, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(_layers(result))
+    if invariance.axes:
+        console.print(_axes(result))
     _sensitivity(result, console)
     for first, what in ((invariance.first, "invariance"), (golden.first, "golden"), (control.first, "control")):
         if first is not None and (what != "control" or invariance.first is None):
@@ -77,6 +79,25 @@ def _layers(result: Result) -> Table:
     return table
 
 
+def _axes(result: Result) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("axis", "comparisons", "rows", "differ"):
+        table.add_column(name, justify="left" if name == "axis" else "right")
+    control = {axis.name: axis for axis in result.control.axes}
+    if control:
+        table.add_column("policy off", justify="right")
+    table.add_column("", style="dim")
+    for axis in result.invariance.axes:
+        ran = axis.verdict != "not_run"
+        differ = f"[bold red]{axis.rows_differing:,}[/]" if axis.rows_differing else "0"
+        row = [axis.name, f"{axis.comparisons:,}", f"{axis.rows_compared:,}", differ] if ran else [axis.name, "", "", ""]
+        if control:
+            off = control.get(axis.name)
+            row.append("" if off is None or off.verdict == "not_run" else f"{off.rows_differing:,}")
+        table.add_row(*row, axis.note if ran else f"not run: {axis.note}")
+    return table
+
+
 def _layer(name: str) -> str:
     """The block that a unit belongs to: everything up to the first number of its name."""
     if not name:
@@ -119,6 +140,8 @@ def _first(first: Divergence, what: str, console: Console) -> None:
     if first.rank is not None:
         place = f"rank {first.rank}, {place}"
     ulp = f", {first.ulp} ULP apart" if first.ulp is not None else ""
+    if first.axis:
+        place = f"{first.axis}; case {first.trial}, request {first.request}, position {first.row[0]}, element {first.element}"
     values = first.note or f"got {first.got}, expected {first.expected}{ulp}"
     title = {
         "control": "with the policy off, the first to differ",

@@ -1,0 +1,213 @@
+"""Ways of running a language model's requests that must not change a bit: each gives logits whose rows are known.
+
+The reference of every way is the same: the request alone, prefill then one token at a time. ``Rows`` says of each row
+of logits which request it belongs to and at which position, so that one table of expected rows serves all of them. A
+row depends on its own token and those before it alone, so a prefix of a request is a request too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from detinfer import bits
+from detinfer.goldens.runner import Request, Target
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Logits [rows, vocabulary] with the (request, position) of each row, and how they came to be."""
+
+    how: str
+    places: list[tuple[int, int]]
+    logits: torch.Tensor
+
+
+class Model:
+    """A language model as the ways call it, and every request as one row of tokens: the prompt and what was decoded."""
+
+    def __init__(self, target: Target, requests: Sequence[Request]) -> None:
+        self.module: Any = target.module
+        self.tokens = [[*request.tokens, *request.follow[: request.steps - 1]] for request in requests]
+        self.prompts = [len(request.tokens) for request in requests]
+        self._takes = inspect.signature(self.module.forward).parameters
+        self._device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    def takes(self, *names: str) -> bool:
+        """Whether ``forward`` has parameters of these names."""
+        return all(name in self._takes for name in names)
+
+    def ids(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """int64 [rows, length] on the model's device."""
+        return torch.tensor(rows, dtype=torch.int64, device=self._device)
+
+    def __call__(self, rows: Sequence[Sequence[int]], cache: Any = None, **more: Any) -> tuple[torch.Tensor, Any]:
+        """Logits [B, S, vocabulary] of rows of equal length, and the KV cache after them."""
+        output = self.module(input_ids=self.ids(rows), past_key_values=cache, use_cache=True, **more)
+        return output.logits, output.past_key_values
+
+
+Way = Callable[[Model, random.Random], Iterator[Rows]]
+
+
+def _company(model: Model, rng: random.Random, most: int) -> list[int]:
+    """Requests, each perhaps several times, whose prompts have one length."""
+    first = rng.randrange(len(model.prompts))
+    alike = [i for i, length in enumerate(model.prompts) if length == model.prompts[first]]
+    return [rng.choice(alike) for _ in range(rng.randint(2, most))]
+
+
+def _span(request: int, start: int, end: int) -> list[tuple[int, int]]:
+    return [(request, position) for position in range(start, end)]
+
+
+def _flat(logits: torch.Tensor) -> torch.Tensor:
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def permutation(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """One batch twice, its rows in another order the second time."""
+    batch = _company(model, rng, 16)
+    turned = batch[::-1] if batch[::-1] != batch else [*batch[1:], batch[0]]
+    for order in (batch, turned):
+        logits, _ = model([model.tokens[i][: model.prompts[i]] for i in order])
+        yield Rows(f"rows {order}", [p for i in order for p in _span(i, 0, model.prompts[i])], _flat(logits))
+
+
+def prefill_decode(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """What was decoded token by token, now in one prefill with the prompt."""
+    batch = _company(model, rng, 4)
+    logits, _ = model([model.tokens[i] for i in batch])
+    places = [p for i in batch for p in _span(i, 0, len(model.tokens[i]))]
+    yield Rows(f"prefill of {len(model.tokens[batch[0]])} tokens", places, _flat(logits))
+
+
+def chunks(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """The prompt prefilled in pieces, cut at random."""
+    batch = _company(model, rng, 4)
+    length = len(model.tokens[batch[0]])
+    cuts = sorted(rng.sample(range(1, length), min(rng.randint(1, 3), length - 1)))
+    cache = None
+    for start, end in zip([0, *cuts], [*cuts, length], strict=True):
+        logits, cache = model([model.tokens[i][start:end] for i in batch], cache)
+        yield Rows(f"cut at {cuts}", [p for i in batch for p in _span(i, start, end)], _flat(logits))
+
+
+def speculative(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """Several tokens in one step after a prefill, as when a draft is checked; then wrong ones, taken back."""
+    batch = _company(model, rng, 4)
+    start, end = model.prompts[batch[0]], len(model.tokens[batch[0]])
+    logits, cache = model([model.tokens[i][:start] for i in batch])
+    step = min(rng.randint(2, 8), end - start)
+    logits, cache = model([[rng.choice(model.tokens[i]) for _ in range(step)] for i in batch], cache)
+    crop(cache, start)
+    logits, cache = model([model.tokens[i][start : start + step] for i in batch], cache)
+    places = [p for i in batch for p in _span(i, start, start + step)]
+    yield Rows(f"{step} tokens in one step after {start}, {step} others taken back before", places, _flat(logits))
+
+
+def prefix(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """A prefix from the cache of another run: one that went on otherwise and was cut back."""
+    request = rng.randrange(len(model.prompts))
+    tokens = model.tokens[request]
+    kept = rng.randrange(1, len(tokens))
+    other = rng.choice(model.tokens)
+    _, cache = model([[*tokens[:kept], *other[: rng.randint(1, len(other))]]])
+    crop(cache, kept)
+    logits, _ = model([tokens[kept:]], cache)
+    yield Rows(f"{kept} tokens from a warm cache", _span(request, kept, len(tokens)), _flat(logits))
+
+
+def crop(cache: Any, length: int) -> None:
+    """Cut a KV cache back to its first ``length`` positions: transformers' or a built-in model's."""
+    if hasattr(cache, "crop"):
+        if (more := cache.get_seq_length() - length) > 0:
+            cache.crop(-more)  # how many to remove, in every version of transformers
+        return
+    for index, (keys, values) in cache.layers.items():
+        cache.layers[index] = keys[:, :, :length].clone(), values[:, :, :length].clone()
+
+
+def static_cache(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """A KV cache of a fixed size, larger than needed, in place of one that grows."""
+    from transformers import StaticCache
+
+    batch = _company(model, rng, 4)
+    start, end = model.prompts[batch[0]], len(model.tokens[batch[0]])
+    size = end + rng.randint(0, 40)
+    cache = StaticCache(config=model.module.config, max_cache_len=size)
+    for first, last in [(0, start), *((i, i + 1) for i in range(start, end))]:
+        logits, _ = model([model.tokens[i][first:last] for i in batch], cache)
+        yield Rows(f"{size} slots", [p for i in batch for p in _span(i, first, last)], _flat(logits))
+
+
+def left_padding(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """Prompts of several lengths in one batch, padded in front, then decoded."""
+    yield from _padded(model, rng, left=True)
+
+
+def right_padding(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """Prompts of several lengths in one batch, padded behind, then decoded."""
+    yield from _padded(model, rng, left=False)
+
+
+def _padded(model: Model, rng: random.Random, left: bool) -> Iterator[Rows]:
+    batch = [rng.randrange(len(model.prompts)) for _ in range(rng.randint(2, 6))]
+    lengths = [rng.randint(1, model.prompts[i]) for i in batch]
+    width = max(lengths) + rng.randint(0, 3)
+    filler = [rng.choice(model.tokens[0]) for _ in range(width)]  # what a masked position holds must not matter
+    rows, masks, positions = [], [], []
+    for i, length in zip(batch, lengths, strict=True):
+        own, gap = model.tokens[i][:length], width - length
+        rows.append([*filler[:gap], *own] if left else [*own, *filler[:gap]])
+        masks.append([0] * gap + [1] * length if left else [1] * length + [0] * gap)
+        positions.append([0] * gap + list(range(length)) if left else [*range(length), *[length - 1] * gap])
+    how = f"lengths {lengths} padded {'in front' if left else 'behind'} to {width}"
+    logits, cache = model(rows, attention_mask=model.ids(masks), position_ids=model.ids(positions))
+    held = [logits[r, width - n :] if left else logits[r, :n] for r, n in enumerate(lengths)]
+    yield Rows(how, [p for i, n in zip(batch, lengths, strict=True) for p in _span(i, 0, n)], torch.cat(held))
+    for step in range(min(len(model.tokens[i]) - n for i, n in zip(batch, lengths, strict=True))):
+        places = [(i, n + step) for i, n in zip(batch, lengths, strict=True)]
+        for mask in masks:
+            mask.append(1)
+        logits, cache = model(
+            [[model.tokens[i][position]] for i, position in places],
+            cache,
+            attention_mask=model.ids(masks),
+            position_ids=model.ids([[position] for _, position in places]),
+        )
+        yield Rows(f"{how}, {step + 1} decoded", places, _flat(logits))
+        if step == _PADDED_STEPS:
+            break
+
+
+_PADDED_STEPS = 3
+"""Decode steps after the first that follow a padded prefill."""
+
+
+def threads(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """Other numbers of threads."""
+    request, before = rng.randrange(len(model.prompts)), torch.get_num_threads()
+    try:
+        for count in sorted({1, 2, 3, before} - {before}):
+            torch.set_num_threads(count)
+            logits, _ = model([model.tokens[request]])
+            yield Rows(f"{count} threads", _span(request, 0, len(model.tokens[request])), _flat(logits))
+    finally:
+        torch.set_num_threads(before)
+
+
+@bits.unseen
+def expected(results: dict[tuple[int, int], Any], requests: Sequence[Request]) -> list[torch.Tensor]:
+    """By request, the logits of every position [positions, vocabulary], from each step's result alone."""
+    found = []
+    for index, request in enumerate(requests):
+        steps = [results[index, step]["tensor"][0] for step in range(request.steps)]
+        found.append(torch.cat(steps))
+    return found
+
