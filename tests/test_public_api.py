@@ -55,6 +55,7 @@ OPTIONS = {
     "verify": {
         "--batch-sizes",
         "--control",
+        "--axes",
         "--fail-fast",
         "--json",
         "--layers",

@@ -35,7 +35,9 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
 )
 @click.option("--fail-fast", is_flag=True, help="Stop at the first trial that diverges.")
 @click.option("--only-trial", type=int, metavar="N", help="Redo trial N alone.")
-@click.option("--axes", "axis_names", metavar="NAME,...", help="What to vary: batch, left-padding, chunks, ... [default: all].")
+@click.option(
+    "--axes", "axis_names", metavar="NAME,...", help="What to vary: batch, left-padding, chunks, ... [default: all]."
+)
 @click.option("--target", "spec", metavar="TARGET", help="Where the model is now [default: where it was recorded].")
 @click.option("--tp", type=int, metavar="N", help="Ranks [default: as recorded; of vectors, all].")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON.")

@@ -210,4 +210,3 @@ def expected(results: dict[tuple[int, int], Any], requests: Sequence[Request]) -
         steps = [results[index, step]["tensor"][0] for step in range(request.steps)]
         found.append(torch.cat(steps))
     return found
-

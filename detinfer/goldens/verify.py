@@ -159,7 +159,9 @@ def verify(
         clock("alone")
         # The first trial and the first case of each axis are traced, as the runs alone were.
         _run(sweep, trials[:1], options, progress, len(trials), ranks)
-        walk = Walk(target, requests, sweep.results, lambda axis, case: options.redo(str(golden.path), WHOLE, case, axis))
+        walk = Walk(
+            target, requests, sweep.results, lambda axis, case: options.redo(str(golden.path), WHOLE, case, axis)
+        )
         able = walk.able(options.axes if whole is not None else ())
         cases = options.cases()
         _walk(walk, able, cases[:1], options, progress, ranks)
@@ -175,9 +177,7 @@ def verify(
     result.decisions = [*active.decisions_json(), *ranks.decisions()]
     found = sweep.found
     swept = axes.swept(options.axes, trials, found.rows_compared, found.rows_differing, found.batches)
-    result.invariance = _invariance(
-        sweep, trials, chosen, sensitivity, order_free, [*swept, *walk.results.values()]
-    )
+    result.invariance = _invariance(sweep, trials, chosen, sensitivity, order_free, [*swept, *walk.results.values()])
     result.golden = _staleness(result.golden, manifest, target, result.decisions)
 
     if options.control:

@@ -113,7 +113,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self.suspended:  # a policy entered inside this one answers
             return func(*args, **kwargs)
-        if types:
+        if any(t is not Tensor for t in types):  # torch names Tensor itself where a view changes the dtype
             fake = any(issubclass(t, FakeTensor) for t in types)
             # Any other subclass goes first: what it then calls on plain tensors comes back here.
             return func(*args, **kwargs) if fake else NotImplemented

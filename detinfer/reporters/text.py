@@ -90,7 +90,9 @@ def _axes(result: Result) -> Table:
     for axis in result.invariance.axes:
         ran = axis.verdict != "not_run"
         differ = f"[bold red]{axis.rows_differing:,}[/]" if axis.rows_differing else "0"
-        row = [axis.name, f"{axis.comparisons:,}", f"{axis.rows_compared:,}", differ] if ran else [axis.name, "", "", ""]
+        row = (
+            [axis.name, f"{axis.comparisons:,}", f"{axis.rows_compared:,}", differ] if ran else [axis.name, "", "", ""]
+        )
         if control:
             off = control.get(axis.name)
             row.append("" if off is None or off.verdict == "not_run" else f"{off.rows_differing:,}")

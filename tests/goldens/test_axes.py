@@ -102,7 +102,9 @@ Faulty.__module__ = "transformers.test"  # so that it may be given another KV ca
 FAULTS: dict[str, Callable[..., bool]] = {
     "permutation": lambda ids, cache, held, mask: cache is None and len(ids) > 2,
     "left-padding": lambda ids, cache, held, mask: mask is not None and bool((mask[:, 0] == 0).any()),
-    "right-padding": lambda ids, cache, held, mask: mask is not None and cache is None and bool((mask[:, -1] == 0).any()),
+    "right-padding": lambda ids, cache, held, mask: (
+        mask is not None and cache is None and bool((mask[:, -1] == 0).any())
+    ),
     "chunks": lambda ids, cache, held, mask: held > 0 and ids.shape[1] > 1,
     "prefill-decode": lambda ids, cache, held, mask: held == 0 and ids.shape[1] > 9,
     "prefix": lambda ids, cache, held, mask: held not in (0, 9) and ids.shape[1] > 1,

@@ -67,7 +67,7 @@ def test_reference_bytes_at_every_instruction_set(terms: int, columns: int, dtyp
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=bits.dtype_name)
 def test_every_row_at_every_batch_equals_the_row_alone(dtype: torch.dtype, threads: int) -> None:
-    """M = 1 to 130 on one and two threads: every row, not the first alone."""
+    """M = 1 to 130 and some to 601 on one and two threads: every row, not the first alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -76,7 +76,9 @@ def test_every_row_at_every_batch_equals_the_row_alone(dtype: torch.dtype, threa
             alone = torch.cat([matmul.linear(x[i : i + 1], weight) for i in range(130)])
             turned = matmul.linear(x.flip(-1), weight.flip(-1))
             assert bits.rows_equal(turned, alone).sum() < 65, "a reversed order would pass in most rows"
-            for rows in range(1, 131):
+            # From 128 rows for each thread on, threads that hold 16-bit rows copy their own.
+            x, alone = x.repeat(5, 1)[:601], alone.repeat(5, 1)[:601]
+            for rows in (*range(1, 131), 255, 256, 257, 384, 601):
                 assert bits.rows_equal(matmul.linear(x[:rows], weight), alone[:rows]).all(), rows
     finally:
         torch.set_num_threads(before)

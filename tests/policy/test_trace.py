@@ -220,6 +220,13 @@ def test_what_a_subclass_calls_is_traced(fake: Any) -> None:
     assert ("aten::rsqrt", (f32,)) in active.decisions
 
 
+def test_a_view_of_another_dtype_is_plain(fake: Any) -> None:
+    """torch names Tensor itself as the type of its operands there: no subclass, and decided like any other view."""
+    with deterministic("batch", families=fake.families) as active:
+        assert X.view(torch.int32).tolist()[0][0] == X.numpy().view("int32")[0][0]
+    assert ("aten::view.dtype", (f32, torch.int32)) in active.decisions
+
+
 def test_on_call_sees_each_operation_before_it_runs(fake: Any) -> None:
     """With its arguments and the decision."""
     seen = []
