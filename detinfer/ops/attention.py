@@ -134,15 +134,15 @@ def scaled_dot_product_attention(
         return _run(call, query, key, value, attn_mask)
     if not (query.is_floating_point() or query.is_complex()):
         return NotImplemented
-    _refuse(query, key, value, attn_mask, dropout_p)
+    refuse(query, key, value, attn_mask, dropout_p)
     given = (query, key, value, attn_mask)
-    shape, views = _views(query, key, value, attn_mask, enable_gqa)
-    call = _plan(query, shape, views, is_causal, scale)
-    if all(_in_place(a, b) for a, b in zip(views, given, strict=True)):
+    shape, seen = views(query, key, value, attn_mask, enable_gqa)
+    call = _plan(query, shape, seen, is_causal, scale)
+    if all(_in_place(a, b) for a, b in zip(seen, given, strict=True)):
         if len(_calls) >= _KEPT_CALLS:
             _calls.clear()
         _calls[signature] = call
-    return _run(call, *views)
+    return _run(call, *seen)
 
 
 def _in_place(view: torch.Tensor | None, tensor: torch.Tensor | None) -> bool:
@@ -150,7 +150,7 @@ def _in_place(view: torch.Tensor | None, tensor: torch.Tensor | None) -> bool:
     return view is tensor or (view is not None and tensor is not None and view.data_ptr() == tensor.data_ptr())
 
 
-def _refuse(
+def refuse(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout_p: float
 ) -> None:
     """Raise for what no layout would make right."""
@@ -169,7 +169,7 @@ def _refuse(
         )
 
 
-def _views(
+def views(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, enable_gqa: bool
 ) -> tuple[tuple[int, ...], _Views]:
     """The result's shape; the tensors as [B, H, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, Dv] and [B, H, Lq, Lk].

@@ -1,0 +1,466 @@
+# mypy: ignore-errors
+# ruff: noqa: RET505, SIM108 -- a branch on a constant is an if statement in Triton
+"""Triton kernels of attention on GPUs: one order of keys, whatever the launch. docs/ops/attention.md has it in words.
+
+``tiles`` computes many query rows, each program walking all keys of its rows; ``decode`` gives every split of few rows
+to a program of its own, and the last one to arrive merges them. Triton's language is not Python's typing: mypy leaves
+this file out.
+
+Every multiplication followed by an addition is one that Triton was told not to contract (``enable_fp_fusion=False`` at
+each launch) or a written ``fma``. Row sums are a product with ones on the matrix unit, so that they, too, do not depend
+on how a tile is laid over threads.
+"""
+
+import triton
+import triton.language as tl
+
+LEAST = tl.constexpr(256)
+"""Keys of the shortest split."""
+MOST = tl.constexpr(32)
+"""Splits of a row at most; a longer row has longer splits, by powers of two."""
+BLOCK = tl.constexpr(64)
+"""Keys between two looks at the maximum."""
+_FAR = tl.constexpr(1 << 30)
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(1.4426950408889634)
+# Arguments whose values must not make another kernel: it would have to be compiled in the middle of a generation.
+_LOOSE = ("LSE", "SINKS", "TABLE", "LENGTHS", "STARTS", "FIRST", "END", "HOLES", "BIAS", "TOPS", "TOTALS", "ARRIVED")
+_FREE = (
+    "HK",
+    "H",
+    "LQ",
+    "LK",
+    "shift",
+    "window",
+    "table_b",
+    "span_b",
+    "span_h",
+    "span_i",
+    "bias_b",
+    "bias_h",
+    "bias_i",
+)
+
+
+@triton.jit
+def _split_length(keys):
+    """Keys of a split of a row that spans ``keys``."""
+    length = keys * 0 + LEAST
+    for _ in tl.static_range(9):
+        length = tl.where(length * MOST < keys, length * 2, length)
+    return length
+
+
+@triton.jit
+def _exponent(m):
+    """A maximum as it is subtracted: of no score yet, nothing."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _merge(top, total, out, m, z, acc):
+    """A split's (m, z, acc) after those merged so far."""
+    new = tl.maximum(top, m)
+    base = _exponent(new)
+    a = tl.exp2(top - base)
+    c = tl.exp2(m - base)
+    total = tl.fma(total, a[:, None], z * c[:, None])
+    out = tl.fma(out, a[:, None], acc * c[:, None])
+    return new, total, out
+
+
+@triton.jit
+def _offsets(n, n0, limit, stride, page_stride, table, PAGE: tl.constexpr):
+    """Where the keys n = n0 + 0, 1, ... lie, and the scalar that goes before."""
+    if PAGE > 0:
+        page = tl.load(table + n // PAGE, mask=n < limit, other=0).to(tl.int64)
+        return page * page_stride + (n % PAGE).to(tl.int64) * stride
+    else:
+        return (n - n0) * stride
+
+
+@triton.jit
+def _walk(
+    q, K, V, table, k_key, v_key, k_page, v_page, lo, hi, limit, origin, length, low, end, bias, bias_key, c,
+    m, z, acc, top, total, out, bad,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr, MASK: tl.constexpr,
+    MASKED: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """The blocks of keys from ``lo`` to ``hi``, ascending; with MERGE splits that end on the way are merged.
+
+    ``low`` and ``end`` say what each row sees; without MASKED every row sees every key. ``limit``: no key from there.
+    ``bad`` becomes 1 where V holds NaN or an infinity that some of the rows may have to be kept from.
+    """
+    on = tl.arange(0, BLOCK)
+    od = tl.arange(0, DP)
+    ov = tl.arange(0, DVP)
+    ones = tl.full((BLOCK, 16), 1.0, dtype=q.dtype)
+    for n0 in range(lo, hi, BLOCK):
+        n = n0 + on
+        k_at = _offsets(n, n0, limit, k_key, k_page, table, PAGE)
+        v_at = _offsets(n, n0, limit, v_key, v_page, table, PAGE)
+        if PAGE > 0:
+            k_from = K
+            v_from = V
+        else:
+            k_from = K + (n0 + tl.zeros((), tl.int64)) * k_key
+            v_from = V + (n0 + tl.zeros((), tl.int64)) * v_key
+        k_ptr = k_from + k_at[:, None] + od[None, :]
+        v_ptr = v_from + v_at[:, None] + ov[None, :]
+        if MASKED:
+            inside = (n < limit)[:, None]
+            k = tl.load(k_ptr, mask=inside if DP == D else inside & (od < D)[None, :], other=0.0)
+        elif DP == D:
+            k = tl.load(k_ptr)
+        else:
+            k = tl.load(k_ptr, mask=(od < D)[None, :], other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        b = s * 0.0
+        if MASKED:
+            visible = (n[None, :] >= low[:, None]) & (n[None, :] < end[:, None])
+            if MASK == 1:
+                visible = visible & (tl.load(bias + n[None, :] * bias_key, mask=visible, other=0) != 0)
+            if MASK == 2:
+                added = tl.load(bias + n[None, :] * bias_key, mask=visible, other=0.0).to(tl.float32)
+                visible = visible & (added != float("-inf"))
+                b = tl.where(added == 0, 0.0, tl.maximum(added * _LOG2E, -3.0e38))
+                s = tl.where(visible, s, float("-inf"))
+                highest = tl.max(tl.where(visible, tl.fma(s, c, b), float("-inf")), 1)
+            else:
+                s = tl.where(visible, s, float("-inf"))
+                highest = tl.max(s, 1)
+                highest = tl.where(highest == float("-inf"), highest, highest * c)
+        else:
+            highest = tl.max(s, 1)
+            highest = tl.where(highest == float("-inf"), highest, highest * c)
+        if MERGE:
+            fresh = (n0 - origin) % length == 0
+            new = tl.maximum(tl.where(fresh, float("-inf"), m), highest)
+        else:
+            new = tl.maximum(m, highest)
+        base = _exponent(new)
+        if MASKED and MASK == 2:
+            # A huge mask swallows the score, as it does in a sum of both.
+            near = tl.abs(b) < 16777216.0
+            p = tl.exp2(tl.where(near, tl.fma(s, c, b - base[:, None]), tl.fma(s, c, b) - base[:, None]))
+        else:
+            p = tl.exp2(tl.fma(s, c, -base[:, None]))
+        if MASKED:
+            p = tl.where(visible, p, 0.0)
+        p = p.to(q.dtype)
+        a = tl.exp2(m - base)
+        if MERGE:
+            if fresh:
+                top, total, out = _merge(top, total, out, m, z, acc)
+                acc = tl.zeros_like(acc)
+                z = tl.zeros_like(z)
+            else:
+                acc = acc * a[:, None]
+                z = z * a[:, None]
+        else:
+            acc = acc * a[:, None]
+            z = z * a[:, None]
+        z = tl.dot(p, ones, z, input_precision="ieee")
+        if MASKED:
+            used = (tl.max(visible.to(tl.int32), 0) > 0)[:, None]
+            v = tl.load(v_ptr, mask=used if DVP == DV else used & (ov < DV)[None, :], other=0.0)
+            bad = tl.maximum(bad, tl.max(tl.max(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), 1), 0))
+            acc = tl.dot(p, v, acc, input_precision="ieee")
+        else:
+            if DVP == DV:
+                v = tl.load(v_ptr)
+            else:
+                v = tl.load(v_ptr, mask=(ov < DV)[None, :], other=0.0)
+            acc = tl.dot(p, v, acc, input_precision="ieee")
+        m = new
+    return m, z, acc, top, total, out, bad
+
+
+@triton.jit
+def _finish(top, total, out, sink, SINK: tl.constexpr):
+    """(result, log of the sum): the weights' sum divides once; a zero is +0."""
+    whole = tl.max(total, 1)
+    if SINK:
+        new = tl.maximum(top, sink)
+        base = _exponent(new)
+        a = tl.exp2(top - base)
+        whole = tl.fma(whole, a, tl.exp2(sink - base))
+        out = out * a[:, None]
+        top = new
+    lse = (top + tl.log2(whole)) * _LN2
+    return tl.div_rn(out, whole[:, None] + tl.zeros_like(out)) + 0.0, lse
+
+
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_LOOSE)
+def tiles(
+    Q, K, V, OUT, LSE, SINKS, TABLE, LENGTHS, STARTS, FIRST, END, HOLES, BIAS,
+    HK, H, LQ, LK, shift, window, c,
+    q_b, q_h, q_i, k_b, k_h, k_n, k_page, v_b, v_h, v_n, v_page, o_b, o_h, o_i,
+    table_b, span_b, span_h, span_i, bias_b, bias_h, bias_i, bias_n,
+    G: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    BM: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr,
+    MASK: tl.constexpr, STARTED: tl.constexpr, COUNTED: tl.constexpr, SINK: tl.constexpr, WANT_LSE: tl.constexpr,
+):  # fmt: skip
+    """A tile of BM // G positions of the G query heads on one head of K and V: every key that its rows see, ascending."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    batch = (tl.program_id(1) // HK).to(tl.int64)
+    head = tl.program_id(1) % HK
+    r = tl.arange(0, BM)
+    i = tile * (BM // G) + r // G
+    h = head * G + r % G
+    valid = (r < BM // G * G) & (i < LQ)
+    kv = (head // SHARE).to(tl.int64)
+    K += batch * k_b + kv * k_h
+    V += batch * v_b + kv * v_h
+    if PAGE > 0:
+        TABLE += batch * table_b
+    keys = LK
+    moved = shift
+    if COUNTED:
+        keys = tl.minimum(tl.load(LENGTHS + batch), LK)
+        moved = keys - LQ
+    holes = valid & False
+    if SPANS:
+        at = batch * span_b + h * span_h + i * span_i
+        origin = tl.load(FIRST + at, mask=valid, other=0)
+        end = tl.load(END + at, mask=valid, other=0)
+        low = origin
+        holes = tl.load(HOLES + at, mask=valid, other=0) > 0
+    else:
+        origin = tl.zeros((BM,), tl.int32)
+        if STARTED:
+            origin += tl.load(STARTS + batch)
+        end = tl.zeros((BM,), tl.int32) + keys
+        if CAUSAL:
+            end = tl.minimum(i + moved + 1, keys)
+        low = origin
+        if WINDOW:
+            low = tl.maximum(origin, end - window)
+    live = valid & (end > low)
+    length = _split_length(end - origin)
+    od = tl.arange(0, DP)
+    ov = tl.arange(0, DVP)
+    q_at = batch * q_b + h.to(tl.int64) * q_h + i.to(tl.int64) * q_i
+    q = tl.load(Q + q_at[:, None] + od[None, :], mask=valid[:, None] & (od < D)[None, :], other=0.0)
+    o_ptr = OUT + (batch * o_b + h.to(tl.int64) * o_h + i.to(tl.int64) * o_i)[:, None] + ov[None, :]
+    o_in = (ov < DV)[None, :]
+    lse_ptr = LSE + (batch * H + h) * LQ + i
+    if MASK > 0:
+        bias = BIAS + (batch * bias_b + h.to(tl.int64) * bias_h + i.to(tl.int64) * bias_i)[:, None]
+    else:
+        bias = q_at[:, None]
+    sink = tl.zeros((BM,), tl.float32)
+    if SINK:
+        sink = tl.load(SINKS + h, mask=valid, other=0.0).to(tl.float32) * _LOG2E
+    empty = valid & (live == 0)
+    tl.store(o_ptr, tl.zeros((BM, DVP), OUT.dtype.element_ty), mask=empty[:, None] & o_in)
+    if WANT_LSE:
+        tl.store(lse_ptr, sink if SINK else tl.full((BM,), float("-inf"), tl.float32), mask=empty)
+    left = live
+    alone = 0
+    while tl.max(left.to(tl.int32), 0) > 0:
+        # Rows whose blocks and splits lie alike go together; nearly always all do. Where V holds NaN or an infinity in
+        # a block that is not everybody's, they are done once more, one by one: 0 * NaN is not nothing.
+        first = tl.min(tl.where(left, origin, _FAR), 0)
+        split = tl.min(tl.where(left & (origin == first), length, _FAR), 0)
+        now = left & (origin == first) & (length == split)
+        if alone > 0:
+            now = now & (r == tl.min(tl.where(now, r, BM), 0))
+        lo = first + (tl.min(tl.where(now, low, _FAR), 0) - first) // BLOCK * BLOCK
+        hi = tl.max(tl.where(now, end, 0), 0)
+        full_lo = first + (tl.max(tl.where(now, low, 0), 0) - first + BLOCK - 1) // BLOCK * BLOCK
+        full_hi = first + (tl.min(tl.where(now, end, _FAR), 0) - first) // BLOCK * BLOCK
+        if SPANS:
+            full_hi = tl.where(tl.max((now & holes).to(tl.int32), 0) > 0, lo, full_hi)
+        full_lo = tl.minimum(full_lo, hi)
+        full_hi = tl.maximum(full_hi, full_lo)
+        row_low = tl.where(now, low, _FAR)
+        row_end = tl.where(now, end, 0)
+        m = tl.full((BM,), float("-inf"), tl.float32)
+        z = tl.zeros((BM, 16), tl.float32)
+        acc = tl.zeros((BM, DVP), tl.float32)
+        top, total, out = m, z, acc
+        bad = 0
+        if WINDOW:
+            m, z, acc, top, total, out, bad = _walk(
+                q, K, V, TABLE, k_n, v_n, k_page, v_page, lo, full_lo, hi, first, split, row_low, row_end, bias, bias_n, c,
+                m, z, acc, top, total, out, bad, D, DV, DP, DVP, PAGE, MASK, True, True,
+            )  # fmt: skip
+        m, z, acc, top, total, out, bad = _walk(
+            q, K, V, TABLE, k_n, v_n, k_page, v_page, full_lo, full_hi, hi, first, split, row_low, row_end, bias, bias_n, c,
+            m, z, acc, top, total, out, bad, D, DV, DP, DVP, PAGE, MASK, False, True,
+        )  # fmt: skip
+        m, z, acc, top, total, out, bad = _walk(
+            q, K, V, TABLE, k_n, v_n, k_page, v_page, full_hi, hi, hi, first, split, row_low, row_end, bias, bias_n, c,
+            m, z, acc, top, total, out, bad, D, DV, DP, DVP, PAGE, MASK, True, True,
+        )  # fmt: skip
+        top, total, out = _merge(top, total, out, m, z, acc)
+        o, lse = _finish(top, total, out, sink, SINK)
+        bad = tl.where(alone > 0, 0, bad)
+        done = now & (bad == 0)
+        tl.store(o_ptr, o.to(OUT.dtype.element_ty), mask=done[:, None] & o_in)
+        if WANT_LSE:
+            tl.store(lse_ptr, lse, mask=done)
+        left = left & (done == 0)
+        alone = tl.maximum(alone, bad)
+
+
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_LOOSE)
+def decode(
+    Q, K, V, OUT, LSE, SINKS, TABLE, LENGTHS, STARTS, FIRST, END, HOLES, BIAS, TOPS, TOTALS, OUTS, ARRIVED,
+    HK, H, LQ, LK, shift, window, c,
+    q_b, q_h, q_i, k_b, k_h, k_n, k_page, v_b, v_h, v_n, v_page, o_b, o_h, o_i,
+    table_b, span_b, span_h, span_i, bias_b, bias_h, bias_i, bias_n,
+    G: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    BM: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr,
+    MASK: tl.constexpr, STARTED: tl.constexpr, COUNTED: tl.constexpr, SINK: tl.constexpr, WANT_LSE: tl.constexpr,
+    POSITIONS: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """One split of POSITIONS x G rows that see the same keys; the last program of these rows to arrive merges.
+
+    The rows' keys are those of the first of them. With SCAN they are found here, from the mask.
+    """
+    piece = tl.program_id(0)
+    row = tl.program_id(1)
+    steps = (LQ + POSITIONS - 1) // POSITIONS
+    i0 = row % steps * POSITIONS
+    head = row // steps % HK
+    batch = (row // steps // HK).to(tl.int64)
+    r = tl.arange(0, BM)
+    i = i0 + r // G
+    h = head * G + r % G
+    valid = (r < POSITIONS * G) & (i < LQ)
+    kv = (head // SHARE).to(tl.int64)
+    K += batch * k_b + kv * k_h
+    V += batch * v_b + kv * v_h
+    if PAGE > 0:
+        TABLE += batch * table_b
+    keys = LK
+    moved = shift
+    if COUNTED:
+        keys = tl.minimum(tl.load(LENGTHS + batch), LK)
+        moved = keys - LQ
+    holes = False
+    bias_row = batch * bias_b + (head * G).to(tl.int64) * bias_h + i0.to(tl.int64) * bias_i
+    if SCAN:
+        wide = tl.arange(0, 1024)
+        near = tl.full((1024,), 1 << 30, tl.int32)
+        far = tl.zeros((1024,), tl.int32)
+        count = tl.zeros((1024,), tl.int32)
+        last = keys
+        if CAUSAL:
+            last = tl.minimum(i0 + moved + 1, keys)
+        for n0 in range(0, last, 1024):
+            n = n0 + wide
+            if MASK == 1:
+                seen = (tl.load(BIAS + bias_row + n * bias_n, mask=n < last, other=0) != 0) & (n < last)
+                plain = seen
+            else:
+                value = tl.load(BIAS + bias_row + n * bias_n, mask=n < last, other=float("-inf")).to(tl.float32)
+                seen = value != float("-inf")
+                plain = value == 0
+            near = tl.minimum(near, tl.where(seen, n, _FAR))
+            far = tl.maximum(far, tl.where(seen, n + 1, 0))
+            count += plain.to(tl.int32)
+        end = tl.max(far, 0)
+        origin = tl.minimum(tl.min(near, 0), end)
+        holes = tl.sum(count, 0) != end - origin
+        low = origin
+    elif SPANS:
+        at = batch * span_b + head * G * span_h + i0 * span_i
+        origin = tl.load(FIRST + at)
+        end = tl.load(END + at)
+        low = origin
+        holes = tl.load(HOLES + at) > 0
+    else:
+        origin = tl.zeros((), tl.int32)
+        if STARTED:
+            origin = tl.load(STARTS + batch)
+        end = keys
+        if CAUSAL:
+            end = tl.minimum(i0 + moved + 1, keys)
+        low = origin
+        if WINDOW:
+            low = tl.maximum(origin, end - window)
+    ov = tl.arange(0, DVP)
+    o_ptr = OUT + (batch * o_b + h.to(tl.int64) * o_h + i.to(tl.int64) * o_i)[:, None] + ov[None, :]
+    o_in = valid[:, None] & (ov < DV)[None, :]
+    lse_ptr = LSE + (batch * H + h) * LQ + i
+    sink = tl.zeros((BM,), tl.float32)
+    if SINK:
+        sink = tl.load(SINKS + h, mask=valid, other=0.0).to(tl.float32) * _LOG2E
+    if end <= low:
+        if piece == 0:
+            tl.store(o_ptr, tl.zeros((BM, DVP), OUT.dtype.element_ty), mask=o_in)
+            if WANT_LSE:
+                tl.store(lse_ptr, sink if SINK else tl.full((BM,), float("-inf"), tl.float32), mask=valid)
+    else:
+        split = _split_length(end - origin)
+        begin = (low - origin) // split
+        count_all = (end - origin + split - 1) // split
+        if (piece >= begin) & (piece < count_all):
+            od = tl.arange(0, DP)
+            q_at = batch * q_b + h.to(tl.int64) * q_h + i.to(tl.int64) * q_i
+            q = tl.load(Q + q_at[:, None] + od[None, :], mask=valid[:, None] & (od < D)[None, :], other=0.0)
+            if MASK > 0:
+                bias = BIAS + (bias_row + (r // G).to(tl.int64) * bias_i)[:, None]
+            else:
+                bias = q_at[:, None]
+            start = origin + piece * split
+            hi = tl.minimum(start + split, end)
+            lo = tl.maximum(start, origin + (low - origin) // BLOCK * BLOCK)
+            row_low = tl.zeros((BM,), tl.int32) + low
+            row_end = tl.zeros((BM,), tl.int32) + end
+            m = tl.full((BM,), float("-inf"), tl.float32)
+            z = tl.zeros((BM, 16), tl.float32)
+            acc = tl.zeros((BM, DVP), tl.float32)
+            full_lo = lo
+            bad = 0  # the rows see the same keys: nothing to keep one of them from
+            if WINDOW:
+                full_lo = tl.minimum(tl.maximum(lo, origin + (low - origin + BLOCK - 1) // BLOCK * BLOCK), hi)
+                m, z, acc, _t, _s, _o, bad = _walk(
+                    q, K, V, TABLE, k_n, v_n, k_page, v_page, lo, full_lo, hi, origin, split, row_low, row_end, bias,
+                    bias_n, c, m, z, acc, m, z, acc, bad, D, DV, DP, DVP, PAGE, MASK, True, False,
+                )  # fmt: skip
+            full_hi = tl.maximum(full_lo, origin + (hi - origin) // BLOCK * BLOCK)
+            if MASK > 0:
+                full_hi = tl.where(holes, full_lo, full_hi)
+            m, z, acc, _t, _s, _o, bad = _walk(
+                q, K, V, TABLE, k_n, v_n, k_page, v_page, full_lo, full_hi, hi, origin, split, row_low, row_end, bias,
+                bias_n, c, m, z, acc, m, z, acc, bad, D, DV, DP, DVP, PAGE, MASK, False, False,
+            )  # fmt: skip
+            m, z, acc, _t, _s, _o, bad = _walk(
+                q, K, V, TABLE, k_n, v_n, k_page, v_page, full_hi, hi, hi, origin, split, row_low, row_end, bias,
+                bias_n, c, m, z, acc, m, z, acc, bad, D, DV, DP, DVP, PAGE, MASK, True, False,
+            )  # fmt: skip
+            top = tl.full((BM,), float("-inf"), tl.float32)
+            total = tl.zeros((BM, 16), tl.float32)
+            out = tl.zeros((BM, DVP), tl.float32)
+            if count_all - begin == 1:
+                top, total, out = _merge(top, total, out, m, z, acc)
+                o, lse = _finish(top, total, out, sink, SINK)
+                tl.store(o_ptr, o.to(OUT.dtype.element_ty), mask=o_in)
+                if WANT_LSE:
+                    tl.store(lse_ptr, lse, mask=valid)
+            else:
+                space = row.to(tl.int64) * tl.num_programs(0)
+                at = (space + piece) * (POSITIONS * G) + r
+                tl.store(TOPS + at, m, mask=valid)
+                tl.store(TOTALS + at, tl.max(z, 1), mask=valid)
+                tl.store(OUTS + at[:, None] * DVP + ov[None, :], acc, mask=valid[:, None])
+                tl.debug_barrier()
+                before = tl.atomic_add(ARRIVED + row, 1, sem="acq_rel")
+                if before == count_all - begin - 1:
+                    for s in range(begin, count_all):
+                        at = (space + s) * (POSITIONS * G) + r
+                        m = tl.load(TOPS + at, mask=valid, other=float("-inf"), cache_modifier=".cg")
+                        z = tl.load(TOTALS + at, mask=valid, other=0.0, cache_modifier=".cg")[:, None]
+                        z += tl.zeros_like(total)
+                        part = OUTS + at[:, None] * DVP + ov[None, :]
+                        acc = tl.load(part, mask=valid[:, None], other=0.0, cache_modifier=".cg")
+                        top, total, out = _merge(top, total, out, m, z, acc)
+                    o, lse = _finish(top, total, out, sink, SINK)
+                    tl.store(o_ptr, o.to(OUT.dtype.element_ty), mask=o_in)
+                    if WANT_LSE:
+                        tl.store(lse_ptr, lse, mask=valid)
+                    tl.store(ARRIVED + row, 0)
