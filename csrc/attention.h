@@ -5,6 +5,8 @@
 // counted over the unmasked keys (a masked one takes no lane); o = chain of FMAs over unmasked keys, ascending,
 // from +0, of p_j * v_j; out = o / l, rounded once to the dtype. All of it in fp32. K and V of a masked key are never
 // used; a row without an unmasked key gives +0.
+//
+// A sink of a query head is a score without a key: m is the greatest of it and the s_j, and l = row_sum + exp(sink - m).
 #pragma once
 #include <cstdint>
 
@@ -36,6 +38,12 @@ struct AttentionArgs {
   const void* v;
   const void* mask;  // null when mask_kind is kMaskNone
   void* out;
+};
+
+// The same with one sink for each query head, fp32.
+struct AttentionSinksArgs {
+  AttentionArgs call;
+  const float* sinks;
 };
 
 }  // namespace detinfer

@@ -39,7 +39,6 @@ OPTIONS = {
     "record": {
         "--allow",
         "--decode-steps",
-        "--device",
         "--dtype",
         "--force",
         "--layers",
@@ -57,7 +56,6 @@ OPTIONS = {
         "--batch-sizes",
         "--control",
         "--axes",
-        "--device",
         "--fail-fast",
         "--json",
         "--layers",

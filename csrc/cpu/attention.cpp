@@ -46,6 +46,7 @@ inline int64_t whole(int64_t floats) { return quotient_up(floats, 16) * 16; }
 struct Call {
   const AttentionPlan& plan;
   const AttentionArgs& args;
+  const float* sinks;  // one for each query head, or null
   int64_t group;       // query heads that read one head of K and V
   int64_t group_rows;  // query rows that read it: queries * group, heads innermost
   int64_t task_rows;
@@ -158,7 +159,8 @@ template <DType T> struct Task {
   void weigh_keys() {
     for (int r = 0; r < rows; r++) {
       if (row[r].range.empty()) continue;
-      row[r].sum = softmax(mask_of(row[r]), row[r].range, scores_of(r, row[r].range.low));
+      const float* sink = call.sinks == nullptr ? nullptr : call.sinks + row[r].head;
+      row[r].sum = softmax(mask_of(row[r]), row[r].range, scores_of(r, row[r].range.low), sink);
     }
   }
 
@@ -266,7 +268,7 @@ void find_ranges_of(int64_t begin, int64_t end, void* context) {
   }
 }
 
-template <DType T> int run(const AttentionArgs& args) {
+template <DType T> int run(const AttentionArgs& args, const float* sinks) {
   const AttentionPlan& plan = *args.plan;
   const int64_t pairs = plan.batch * plan.kv_heads;
   if (pairs == 0 || plan.queries == 0 || plan.value_depth == 0) return kOk;
@@ -279,7 +281,7 @@ template <DType T> int run(const AttentionArgs& args) {
     task_rows = least(task_rows, most(kLeastRows, quotient_up(rows * pairs, 8 * workers)));
   task_rows = least(rows, quotient_up(task_rows, kRows) * kRows);
   const int64_t parts = quotient_up(rows, task_rows);
-  Call call = {plan, args, group, rows, task_rows, parts, pairs * parts,
+  Call call = {plan, args, sinks, group, rows, task_rows, parts, pairs * parts,
                   quotient_up(plan.value_depth, kLanes) * kLanes, nullptr, 0, kOk};
   const int64_t masks = plan.batch * plan.queries;
   if (plan.mask_kind != kMaskNone && plan.mask.head == 0 && pairs > 1) {
@@ -294,15 +296,16 @@ template <DType T> int run(const AttentionArgs& args) {
 
 }  // namespace
 
-int attention(const AttentionArgs& args) {
+int attention(const AttentionSinksArgs& with_sinks) {
+  const AttentionArgs& args = with_sinks.call;
   const AttentionPlan* plan = args.plan;
   if (plan == nullptr) return fail(kBadArgument, "attention: no plan was given");
   if (plan->kv_heads < 1 ? plan->heads != 0 : plan->heads % plan->kv_heads != 0)
     return fail(kBadArgument, "attention: the number of query heads is no multiple of the number of key heads");
   switch (plan->dtype) {
-    case kFloat32: return run<kFloat32>(args);
-    case kBFloat16: return run<kBFloat16>(args);
-    case kFloat16: return run<kFloat16>(args);
+    case kFloat32: return run<kFloat32>(args, with_sinks.sinks);
+    case kBFloat16: return run<kBFloat16>(args, with_sinks.sinks);
+    case kFloat16: return run<kFloat16>(args, with_sinks.sinks);
     default: return fail(kBadArgument, "attention: unknown dtype");
   }
 }

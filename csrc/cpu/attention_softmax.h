@@ -45,9 +45,10 @@ inline float sum_of_unmasked(const MaskRow& mask, Range range, const float* p) {
                                   [&](F sum, int64_t at, int) { return sum + load(lanes + at); }));
 }
 
-// Turns the scores of the row's keys into p = exp(score - greatest), in place, and returns their row_sum; what is left
-// of the last vector becomes 0. A NaN among the scores needs no care: its p, the sum and so the whole row are NaN.
-inline float softmax(const MaskRow& mask, Range range, float* scores) {
+// Turns the scores of the row's keys into p = exp(score - greatest), in place, and returns their row_sum, and then the
+// sink's p if there is one; what is left of the last vector becomes 0. A NaN among the scores needs no care: its p, the
+// sum and so the whole row are NaN.
+inline float softmax(const MaskRow& mask, Range range, float* scores, const float* sink) {
   const int64_t count = range.high - range.low;
   // Without holes a bool mask adds nothing: +0 to every score.
   if (mask.kind > kMaskBool || range.holes) add_mask(mask, range, scores);
@@ -70,17 +71,21 @@ inline float softmax(const MaskRow& mask, Range range, float* scores) {
   }
   m[0] = m[0] > m[1] ? m[0] : m[1];
   m[2] = m[2] > m[3] ? m[2] : m[3];
-  const F top = splat(greatest(m[0] > m[2] ? m[0] : m[2]));
+  float peak = greatest(m[0] > m[2] ? m[0] : m[2]);
+  if (sink != nullptr && *sink > peak) peak = *sink;
+  const F top = splat(peak);
   for (i = 0; i < whole; i += kLanes) store(scores + i, exp(load(scores + i) - top));
   if (whole < count) store(scores + i, lanes_below(count - whole) ? exp(load(scores + i) - top) : F{});
+  float sum;
   if (range.holes) {
-    const float sum = sum_of_unmasked(mask, range, scores);
+    sum = sum_of_unmasked(mask, range, scores);
     mark_holes(mask, range, scores);
-    return sum;
+  } else {
+    sum = halve(row_sum<F, kLanes>(count, broadcast(-0.0f), [=](F lanes, int64_t at, int) {
+      return lanes + load(scores + at);  // what follows the last key in its vector is +0, and no p is negative
+    }));
   }
-  return halve(row_sum<F, kLanes>(count, broadcast(-0.0f), [=](F lanes, int64_t at, int) {
-    return lanes + load(scores + at);  // what follows the last key in its vector is +0, and no p is negative
-  }));
+  return sink == nullptr ? sum : sum + exp(splat(*sink) - top)[0];
 }
 
 }  // namespace

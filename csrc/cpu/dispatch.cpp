@@ -158,15 +158,17 @@ DETINFER_EXPORT void detinfer_set_threads(void* parallel_for_function, void* get
 }
 
 // `size`: bytes of the structs that the caller fills in; native.py compares them with its own.
-#define DETINFER_ENTRY(family, Args, size)                                              \
+#define DETINFER_ENTRY(family, Args, size) DETINFER_ENTRY_OF(family, family, Args, size, *args)
+#define DETINFER_ENTRY_OF(family, kernel, Args, size, ...)                              \
   DETINFER_EXPORT int detinfer_cpu_##family##_size() { return static_cast<int>(size); } \
   DETINFER_EXPORT int detinfer_cpu_##family(const Args* args) {                         \
     if (args == nullptr) return fail(kBadArgument, #family ": no arguments were given"); \
     const DefaultFloatMode mode;                                                        \
-    return kernels().family(*args);                                                     \
+    return kernels().kernel(__VA_ARGS__);                                               \
   }
 DETINFER_ENTRY(matmul, MatmulArgs, sizeof(MatmulArgs) + sizeof(MatmulPlan))
-DETINFER_ENTRY(attention, AttentionArgs, sizeof(AttentionArgs) + sizeof(AttentionPlan))
+DETINFER_ENTRY_OF(attention, attention, AttentionArgs, sizeof(AttentionArgs) + sizeof(AttentionPlan), {*args, nullptr})
+DETINFER_ENTRY_OF(attention_sinks, attention, AttentionSinksArgs, sizeof(AttentionSinksArgs) + sizeof(AttentionPlan), *args)
 DETINFER_ENTRY(elementwise, ElementwiseArgs, sizeof(ElementwiseArgs))
 DETINFER_ENTRY(rows, RowsArgs, sizeof(RowsArgs))
 DETINFER_ENTRY(all_reduce, AllReduceArgs, sizeof(AllReduceArgs))

@@ -12,7 +12,7 @@ namespace detinfer {
 
 struct Kernels {
   int (*matmul)(const MatmulArgs&);
-  int (*attention)(const AttentionArgs&);
+  int (*attention)(const AttentionSinksArgs&);
   int (*elementwise)(const ElementwiseArgs&);
   int (*rows)(const RowsArgs&);
   int (*all_reduce)(const AllReduceArgs&);
@@ -21,7 +21,7 @@ struct Kernels {
 #define DETINFER_DECLARE(level)              \
   namespace level {                          \
   int matmul(const MatmulArgs&);             \
-  int attention(const AttentionArgs&);       \
+  int attention(const AttentionSinksArgs&);  \
   int elementwise(const ElementwiseArgs&);   \
   int rows(const RowsArgs&);                 \
   int all_reduce(const AllReduceArgs&);      \

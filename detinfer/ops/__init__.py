@@ -1,6 +1,6 @@
 """The families of operations, and what all of them cover on each kind of device: tables for the policy layer.
 
-A family (``matmul``, ``attention``, ``elementwise``, ``rows``; on a GPU ``matmul_cuda``, ...) is a module here with
+A family (``matmul``, ``attention``, ``elementwise``, ``rows``, ``moe``; on a GPU ``matmul_cuda``, ...) is a module here with
 
 - ``COVERED``, the operations that it computes in their canonical order, each with its function;
 - ``REDUCES``, those of them that contain a reduction (the others have no order to get wrong);
@@ -22,12 +22,9 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("matmul", "attention", "elementwise", "rows")
+FAMILIES = ("matmul", "attention", "elementwise", "rows", "moe")
 
-FAMILIES_ON: dict[str, tuple[str, ...]] = {
-    "cpu": FAMILIES,
-    "cuda": ("matmul_cuda", "attention_cuda", "elementwise_cuda", "rows_cuda"),
-}
+FAMILIES_ON: dict[str, tuple[str, ...]] = {"cpu": FAMILIES, "cuda": ("elementwise_cuda", "rows_cuda")}
 """The families of each kind of device."""
 
 _PORTABLE: dict[str, frozenset[torch.dtype]] = {
@@ -50,6 +47,8 @@ class Covered:
     reduces: bool
     portable: frozenset[torch.dtype] | None = None
     """The dtypes in which its bits are the same on every machine; None: in all of them."""
+    elsewhere: str = ""
+    """Where it runs if that is not csrc: the family's ``PATH``."""
 
 
 def family(name: str) -> ModuleType:
@@ -66,7 +65,8 @@ def covered(device: str = "cpu") -> Mapping[str, Covered]:
         for op, function in module.COVERED.items():
             if op in table:
                 raise RuntimeError(f"{op} is covered by {table[op].family} and by {name}: one of them has to go")
-            table[op] = Covered(op, name, function, op in module.REDUCES, _PORTABLE.get(name))
+            elsewhere = getattr(module, "PATH", "")
+            table[op] = Covered(op, name, function, op in module.REDUCES, _PORTABLE.get(name), elsewhere)
     return MappingProxyType(table)
 
 

@@ -137,7 +137,7 @@ def scaled_dot_product_attention(
     refuse(query, key, value, attn_mask, dropout_p)
     given = (query, key, value, attn_mask)
     shape, seen = views(query, key, value, attn_mask, enable_gqa)
-    call = _plan(query, shape, seen, is_causal, scale)
+    call = plan(query, shape, seen, is_causal, scale)
     if all(_in_place(a, b) for a, b in zip(seen, given, strict=True)):
         if len(_calls) >= _KEPT_CALLS:
             _calls.clear()
@@ -219,7 +219,7 @@ def _repeat_heads(t: torch.Tensor, heads: int) -> torch.Tensor:
     return t.unsqueeze(-3).expand(*t.shape[:-2], heads // t.shape[-3], *t.shape[-2:]).flatten(-4, -3)
 
 
-def _plan(given: torch.Tensor, shape: tuple[int, ...], views: _Views, is_causal: bool, scale: float | None) -> _Call:
+def plan(given: torch.Tensor, shape: tuple[int, ...], views: _Views, is_causal: bool, scale: float | None) -> _Call:
     """The call for these four-dimensional views; ``given`` is the query as the caller has it."""
     query, key, value, mask = views
     (batch, heads, queries, depth), (keys, value_depth) = query.shape, value.shape[2:]

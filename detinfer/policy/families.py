@@ -64,7 +64,8 @@ class Families:
         )
 
     def _family(self, op: str, found: Covered) -> Family:
-        return Family(op, proofs.path(found.family, self.device), found.reduces, found.portable)
+        where = found.elsewhere or proofs.path(found.family, self.device)
+        return Family(op, where, found.reduces, found.portable)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Everything that a policy puts into torch's operator table: covered operations and collectives."""
+"""Everything that a policy puts into torch's operator table and into transformers, and takes out again."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import Any
 from torch import distributed
 
 from detinfer.policy.families import Families
+from detinfer.policy.hooks import Hooks
 from detinfer.policy.overrides import Overrides
 
 
 class Installed:
-    """Overrides for every kind of device and those of collectives, until ``remove``."""
+    """Overrides for every kind of device, those of collectives and the hooks, until ``remove``."""
 
     def __init__(self, families: Families) -> None:
         self.families = families
         self._parts: list[Any] = []
         try:
             self._parts += map(Overrides, (families, *families.elsewhere.values()))
+            self._parts.append(Hooks())
             if distributed.is_available():
                 from detinfer.policy.distributed import Distributed
 

@@ -89,7 +89,7 @@ def path(family: str, device: str) -> str:
 def _path_of(op: str, device: str) -> str:
     found = ops.covered(device).get(op)
     if found is not None:
-        return path(found.family, device)
+        return found.elsewhere or path(found.family, device)
     return "torch" if device == "cpu" else f"torch/{device}"
 
 

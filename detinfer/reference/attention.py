@@ -25,11 +25,16 @@ def scores(q: Float, k: Float, scale: float, added: Float | None) -> Float:
     return total
 
 
-def weights(s: Float, allowed: Allowed) -> Float:
-    """exp(score - the greatest of the row's unmasked scores); +0 where masked."""
+def greatest_score(s: Float, allowed: Allowed, sinks: Float | None = None) -> Float:
+    """[..., R, N] to [..., R, 1]: the greatest of the row's unmasked scores and its head's sink."""
+    seen = np.where(allowed & ~np.isnan(s), s, np.float32(-np.inf))
+    greatest: Float = np.max(seen, axis=-1, keepdims=True, initial=-np.inf)
+    return greatest if sinks is None else np.fmax(greatest, sinks[..., None, None])
+
+
+def weights(s: Float, allowed: Allowed, greatest: Float) -> Float:
+    """exp(score - greatest); +0 where masked."""
     with np.errstate(all="ignore"):
-        seen = np.where(allowed & ~np.isnan(s), s, np.float32(-np.inf))
-        greatest = np.max(seen, axis=-1, keepdims=True, initial=-np.inf)
         p: Float = np.where(allowed, elementwise.exp(s - greatest), np.float32(0))
     return p
 
@@ -45,17 +50,29 @@ def weight_sums(p: Float, allowed: Allowed) -> Float:
     return rows.row_sum(held).reshape(p.shape[:-1])
 
 
-def attention(q: Float, k: Float, v: Float, scale: float, allowed: Allowed, added: Float | None = None) -> Float:
+def attention(
+    q: Float,
+    k: Float,
+    v: Float,
+    scale: float,
+    allowed: Allowed,
+    added: Float | None = None,
+    sinks: Float | None = None,
+) -> Float:
     """[..., R, D], [..., N, D], [..., N, Dv] to [..., R, Dv], not yet rounded to the storage dtype.
 
     ``allowed`` [..., R, N] says which keys a row sees and ``added`` is the float mask, or None; both broadcast.
-    ``scale`` is rounded to float32 first. A row that sees no key is +0.
+    ``scale`` is rounded to float32 first. A row that sees no key is +0. ``sinks`` [heads] adds to each row's divisor, last,
+    exp(sink - greatest), and may be the greatest.
     """
     with np.errstate(all="ignore"):
         s = scores(q, k, scale, added)
         allowed = np.broadcast_to(allowed, s.shape)
-        p = weights(s, allowed)
+        greatest = greatest_score(s, allowed, sinks)
+        p = weights(s, allowed, greatest)
         total = weight_sums(p, allowed)
+        if sinks is not None:
+            total = total + elementwise.exp(sinks[:, None] - greatest[..., 0])
         o = np.zeros((*s.shape[:-1], v.shape[-1]), np.float32)
         for j in range(s.shape[-1]):
             o = np.where(allowed[..., j, None], fma(p[..., j, None], v[..., None, j, :], o), o)

@@ -10,19 +10,26 @@ from numpy.typing import NDArray
 from detinfer.reference.arithmetic import Float
 
 
-def top_k(logits: Float, k: int) -> NDArray[Any]:
-    """[tokens, experts] to int64 [tokens, k]: the greatest logits in descending order, equal ones by the lower index."""
+def top_k(logits: Float, k: int, largest: bool = True) -> NDArray[Any]:
+    """[tokens, experts] to int64 [tokens, k]: the greatest logits in descending order, equal ones by the lower index.
+
+    The least in ascending order without ``largest``. NaN is greater than any number and equal to NaN; +0 equals -0.
+    """
     found = np.zeros((len(logits), k), np.int64)
     for token, row in enumerate(logits):
         left = list(range(len(row)))
         for place in range(k):
             best = left[0]
             for expert in left[1:]:
-                if row[expert] > row[best]:
+                if _greater(row[expert], row[best]) if largest else _greater(row[best], row[expert]):
                     best = expert
             found[token, place] = best
             left.remove(best)
     return found
+
+
+def _greater(a: Any, b: Any) -> bool:
+    return bool(a > b) or bool(np.isnan(a) and not np.isnan(b))
 
 
 def combine(weights: Float, outputs: Float, shared: Float | None) -> Float:

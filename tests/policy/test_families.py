@@ -185,7 +185,7 @@ def test_llama_rows_do_not_depend_on_the_batch(llama: Any, mode: Any) -> None:
     assert not bits.rows_equal(alone[0][0], alone[1][0]).all()
 
     assert all(isinstance(d, Accepted) for d in active.decisions.values())
-    assert {d.path for d in active.decisions.values()} == {"torch", *(f"csrc/{f}" for f in ops.FAMILIES)}
+    assert {d.path for d in active.decisions.values()} == {"torch", *(f"csrc/{f}" for f in ops.FAMILIES if f != "moe")}
     reducing = {op for op, *_ in active.reducing_calls()}
     assert {"aten::linear", "aten::scaled_dot_product_attention", "aten::mean.dim"} <= reducing
     assert "aten::silu" in active.order_free()

@@ -1,0 +1,100 @@
+"""What a policy puts into transformers: whichever form a model was configured with, ours runs; then all is put back."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from detinfer import bits, deterministic
+from detinfer.errors import RefusedError
+from detinfer.policy import hooks
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+import zoo
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+def held() -> list[Any]:
+    """What stands in every place of the list now."""
+    found = []
+    for hook in hooks.HOOKS:
+        holder: Any = importlib.import_module(hook.module)
+        for name in hook.attribute.split("."):
+            holder = getattr(holder, name)
+        found.append(holder)
+    return found
+
+
+def test_every_place_is_put_back_also_after_an_error() -> None:
+    before = held()
+    with deterministic("batch"), deterministic("batch", uncovered="trust"):
+        inside = held()
+    assert not any(one is two for one, two in zip(before, inside, strict=True))
+    assert held() == before
+    with pytest.raises(ZeroDivisionError), deterministic("batch"):
+        raise ZeroDivisionError
+    assert held() == before
+
+
+@pytest.mark.parametrize("name", zoo.MIXTURES)
+def test_every_form_gives_the_same_bytes(name: str) -> None:
+    """eager, grouped_mm and batched_mm are replaced: they differ from each other or from ours without a policy."""
+    model, ids, found, default = zoo.build(name, torch.bfloat16), zoo.tokens(2, 9), [], []
+    for form in ("eager", "grouped_mm", "batched_mm", "detinfer"):
+        if form == "detinfer":
+            assert form in importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
+        model.set_experts_implementation(form)
+        with deterministic("batch"):
+            found.append(bits.as_bytes(model(ids).logits))
+        with torch.no_grad():
+            default.append(bits.as_bytes(model(ids).logits))
+    assert len(set(found)) == 1
+    assert set(default[:3]) != set(found)
+
+
+def test_without_the_hook_a_form_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail closed: what the hooks replace would not run either."""
+    model, ids = zoo.build("mixtral", torch.bfloat16), zoo.tokens(2, 9)
+    monkeypatch.setattr("detinfer.policy.installed.Hooks", lambda: hooks.Hooks(()))
+    for form in ("eager", "grouped_mm"):
+        model.set_experts_implementation(form)
+        with deterministic("batch"), pytest.raises(RefusedError, match=r"experts.* is refused in Mixtral|aten::"):
+            model(ids)
+
+
+def test_expert_parallelism_and_norms_of_experts_are_refused_by_name() -> None:
+    model, ids = zoo.build("mixtral", torch.bfloat16), zoo.tokens(1, 4)
+    experts = model.model.layers[0].mlp.experts
+    for attribute, word in (("_is_expert_parallel", "adds over ranks"), ("has_post_expert_norm", "a norm after each")):
+        setattr(experts, attribute, True)
+        with deterministic("batch"), pytest.raises(RefusedError, match=f"MixtralExperts is refused: .*{word}"):
+            model(ids)
+        setattr(experts, attribute, False)
+
+
+def test_a_module_imported_inside_gets_its_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and it loses it again; a module that fails to import stays what it was."""
+    (tmp_path / "late_model.py").write_text("def place():\n    return 'own'\n")
+    (tmp_path / "bad_model.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "late_model", raising=False)
+    table = [
+        hooks.Hook(module, "place", lambda own: lambda: f"not {own()}", ("late",), "a test")
+        for module in ("late_model", "bad_model")
+    ]
+    put = hooks.Hooks(table)
+    try:
+        late = importlib.import_module("late_model")
+        assert late.place() == "not own"
+        with pytest.raises(ZeroDivisionError):
+            importlib.import_module("bad_model")
+    finally:
+        put.remove()
+    assert late.place() == "own"
+    assert put not in sys.meta_path
