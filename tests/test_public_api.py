@@ -39,6 +39,7 @@ OPTIONS = {
     "record": {
         "--allow",
         "--decode-steps",
+        "--device",
         "--dtype",
         "--force",
         "--layers",
@@ -56,6 +57,7 @@ OPTIONS = {
         "--batch-sizes",
         "--control",
         "--axes",
+        "--device",
         "--fail-fast",
         "--json",
         "--layers",

@@ -9,7 +9,8 @@ import click
 import torch
 
 from detinfer.errors import UnsupportedDtype
-from detinfer.policy import Guarantee, Policy
+from detinfer.policy import Policy
+from detinfer.policy.configured import configured
 
 DTYPES = {
     "float32": torch.float32,
@@ -30,9 +31,9 @@ def dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def policy(scope: str, allow: tuple[str, ...]) -> Policy:
-    """The policy of ``--policy`` and ``--allow``."""
-    return Policy(guarantee=Guarantee(scope=scope), allow=tuple(sorted(set(allow))))  # type: ignore[arg-type]
+def policy(scope: str | None, allow: tuple[str, ...]) -> Policy:
+    """The policy of ``--policy`` and ``--allow``; what they do not say is the project's."""
+    return configured(scope=scope, allow=allow or None)[0]
 
 
 def command_line(drop: tuple[str, ...], flags: tuple[str, ...] = ()) -> str:
@@ -47,7 +48,7 @@ def command_line(drop: tuple[str, ...], flags: tuple[str, ...] = ()) -> str:
 
 
 policy_option = click.option(
-    "--policy", "scope", default="batch", show_default=True, metavar="SCOPE", help="Scope of the policy: batch or run."
+    "--policy", "scope", metavar="SCOPE", help="Scope of the policy: batch or run [default: the project's, else batch]."
 )
 allow_option = click.option(
     "--allow",
@@ -57,5 +58,8 @@ allow_option = click.option(
 )
 tp_option = click.option(
     "--tp", type=int, metavar="N", help="Ranks to cut the model over, started here [default: 1, or torchrun's]."
+)
+device_option = click.option(
+    "--device", metavar="DEVICE", help="Where the model runs: cpu or cuda [default: cpu, or where it was recorded]."
 )
 layers_option = click.option("--layers", metavar="REGEX", help="Only units whose name matches.")

@@ -29,6 +29,7 @@ from detinfer.cli import options, ranks, vectors
 @click.option("--length", default=16, show_default=True, help="Tokens of each built-in prompt.")
 @click.option("--decode-steps", default=8, show_default=True, help="Single-token steps after the prompt.")
 @click.option("--dtype", "dtype_name", metavar="DTYPE", help="float32, bfloat16 or float16 [default: the target's].")
+@options.device_option
 @options.tp_option
 @options.policy_option
 @options.allow_option
@@ -49,8 +50,9 @@ def record(
     length: int,
     decode_steps: int,
     dtype_name: str | None,
+    device: str | None,
     tp: int | None,
-    scope: str,
+    scope: str | None,
     allow: tuple[str, ...],
     seed: int,
     reason: str,
@@ -71,6 +73,7 @@ def record(
         return
     from detinfer.models import targets
 
+    where = targets.checked(device or "cpu")
     size = ranks.size(tp)
     targets.check_ranks(target, size)
     ranks.start(context, size)
@@ -80,7 +83,7 @@ def record(
     console = Console(stderr=True, highlight=False, quiet=ranks.number() > 0)
     policy = options.policy(scope, allow)
     with console.status("loading") as status, ranks.joined(size) as everyone:
-        loaded = targets.load(target, options.dtype(dtype_name), seed, everyone)
+        loaded = targets.load(target, options.dtype(dtype_name), seed, everyone, where)
         requests, inputs = prepare(
             loaded, prompts, count=n_prompts, length=length, decode_steps=decode_steps, seed=seed
         )

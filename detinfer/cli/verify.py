@@ -39,6 +39,7 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
     "--axes", "axis_names", metavar="NAME,...", help="What to vary: batch, left-padding, chunks, ... [default: all]."
 )
 @click.option("--target", "spec", metavar="TARGET", help="Where the model is now [default: where it was recorded].")
+@options.device_option
 @click.option("--tp", type=int, metavar="N", help="Ranks [default: as recorded; of vectors, all].")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON.")
 @click.pass_context
@@ -54,6 +55,7 @@ def verify(
     only_trial: int | None,
     axis_names: str | None,
     spec: str | None,
+    device: str | None,
     tp: int | None,
     json_file: Path | None,
 ) -> None:
@@ -84,6 +86,7 @@ def verify(
             size = ranks.size(tp, held.manifest.ranks)
             check_ranks(held, size)
             recorded = held.manifest.target
+            where = targets.checked(device or ("cuda" if held.manifest.environment.get("gpu") else "cpu"))
             targets.check_ranks(spec or recorded["spec"], size)
             status.stop()
             ranks.start(context, size)
@@ -91,7 +94,8 @@ def verify(
             everyone = stack.enter_context(ranks.joined(size))
             status.update("loading the model")
             dtype = options.dtype(recorded["dtype"])
-            target = targets.load(spec or recorded["spec"], dtype, held.manifest.inputs["seed"], everyone)
+            seed_then = held.manifest.inputs["seed"]
+            target = targets.load(spec or recorded["spec"], dtype, seed_then, everyone, where)
             check_target(held, target)
             requests = requests_of(held, target, prepare_again(target))
         columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

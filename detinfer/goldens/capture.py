@@ -185,7 +185,10 @@ def _state(module: nn.Module) -> tuple[torch.Tensor, dict[str, object]]:
     }
     for name, tensor in itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
         held[name] = ("tensor", id(tensor), -1 if tensor.is_inference() else tensor._version)
-    return torch.get_rng_state(), held
+    drawn = torch.get_rng_state()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        drawn = torch.cat([drawn, torch.cuda.get_rng_state()])
+    return drawn, held
 
 
 @bits.unseen

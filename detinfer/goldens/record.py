@@ -20,6 +20,7 @@ from detinfer.goldens.runner import Request
 from detinfer.goldens.tree import Node
 from detinfer.goldens.units import pattern
 from detinfer.models.ranks import ALONE, Ranks
+from detinfer.models.targets import device_of
 from detinfer.policy import Policy, deterministic
 
 TensorsMode = Literal["full", "slice", "none"]
@@ -98,7 +99,7 @@ def record(
         tokens = [list(row) for row in first.tokens]
         manifest = Manifest(
             detinfer=detinfer.__version__,
-            environment=environment.capture(native.isa(), target.libraries).to_json(),
+            environment=environment.capture(native.isa(), target.libraries, device_of(target.module)).to_json(),
             target={
                 "spec": target.spec,
                 "kind": target.kind,

@@ -18,6 +18,7 @@ from detinfer import bits
 from detinfer.errors import TargetError
 from detinfer.goldens import tree
 from detinfer.goldens.tree import Node
+from detinfer.models.targets import device_of
 
 Around = Callable[[int], AbstractContextManager[Any]]
 """``around(step)`` is entered for the forward pass of each step."""
@@ -77,7 +78,8 @@ def run_language_model(
     target: Target, batch: Sequence[Request], around: Around
 ) -> tuple[list[torch.Tensor], list[tuple[int, ...]]]:
     """Logits of every step and the tokens that greedy decoding chooses at every step, request by request."""
-    ids = torch.tensor([request.tokens for request in batch], dtype=torch.int64)
+    device = device_of(target.module)
+    ids = torch.tensor([request.tokens for request in batch], dtype=torch.int64, device=device)
     cache: Any = None
     results: list[torch.Tensor] = []
     chosen: list[torch.Tensor] = []
@@ -88,7 +90,8 @@ def run_language_model(
         results.append(output.logits)
         chosen.append(greedy(output.logits))
         forced = [request.follow[step] for request in batch if len(request.follow) > step]
-        ids = torch.tensor(forced, dtype=torch.int64)[:, None] if len(forced) == len(batch) else chosen[-1][:, None]
+        whole = len(forced) == len(batch)
+        ids = torch.tensor(forced, dtype=torch.int64, device=device)[:, None] if whole else chosen[-1][:, None]
     picked = torch.stack(chosen, dim=1).tolist()
     return results, [tuple(row) for row in picked]
 

@@ -72,29 +72,39 @@ def disorder(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     would an order that leaves the first term in front: beside a large term every small one is rounded to the same
     grid, whenever it comes.
     """
-    return tensor.index_select(dim, _riffle(tensor.shape[dim]))
+    return tensor.index_select(dim, _riffle(tensor.shape[dim]).to(tensor.device))
 
 
 def restored(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """Undo ``disorder``: for outputs that have a place for every term."""
-    return tensor.index_select(dim, _riffle(tensor.shape[dim]).argsort())
+    return tensor.index_select(dim, _riffle(tensor.shape[dim]).argsort().to(tensor.device))
 
 
 def _riffle(length: int) -> torch.Tensor:
     return torch.tensor([*range(1, length, 2), *range(0, length, 2)])
 
 
-def probe(stress: Stress, operation: str, dtype: torch.dtype) -> Sensitivity:
-    """Judge one operation: are its rows batch-invariant on stress inputs, and is the planted fault seen?"""
+def probe(
+    stress: Stress,
+    operation: str,
+    dtype: torch.dtype,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> Sensitivity:
+    """Judge one operation on ``device``: are its rows batch-invariant on stress inputs, and is the planted fault seen?"""
     everyone = list(range(BATCH))
-    expected: Node = {"tensor": torch.cat([stress.run(*stress.make([i])) for i in everyone], 0)}
-    together: Node = {"tensor": stress.run(*stress.make(everyone))}
+
+    def make(rows: Sequence[int]) -> Arguments:
+        args, kwargs = stress.make(rows)
+        return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args), kwargs
+
+    expected: Node = {"tensor": torch.cat([stress.run(*make([i])) for i in everyone], 0)}
+    together: Node = {"tensor": stress.run(*make(everyone))}
     honest = compare(together, expected)
     if stress.length < 3:
         return _sensitivity(
             stress, operation, dtype, None, honest.differing == 0, honest.compared, "fewer than 3 terms"
         )
-    planted: Node = {"tensor": stress.restore(stress.run(*stress.plant(stress.make(everyone))))}
+    planted: Node = {"tensor": stress.restore(stress.run(*stress.plant(make(everyone))))}
     seen = compare(planted, expected).differing > 0
     return _sensitivity(stress, operation, dtype, seen, honest.differing == 0, honest.compared, "")
 

@@ -47,7 +47,7 @@ def _product(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Gener
     weight[..., 0] = 1
     weight[..., -1] = 1  # so that the first and the last product cancel in every column
     # Small, like what is left after the cancellation: a larger one would round it away.
-    shift = numbers(rng, (columns,), dtype) / 512 if shifted else None
+    added_to = numbers(rng, (columns,), dtype) / 512 if shifted else None
 
     def operands(picked: Sequence[int]) -> Arguments:
         x, w = rows[list(picked)], weight[list(picked)] if batched else weight[0]
@@ -59,6 +59,7 @@ def _product(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Gener
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         x, w = args
+        shift = None if added_to is None else added_to.to(x.device)
         if name == "linear":
             return F.linear(x, w, shift)
         if batched:

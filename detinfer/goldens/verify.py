@@ -27,6 +27,7 @@ from detinfer.goldens.sweep import Key, Sweep, Trial, divergence, plan
 from detinfer.goldens.tree import Node
 from detinfer.goldens.units import pattern
 from detinfer.models.ranks import ALONE, Ranks
+from detinfer.models.targets import device_of
 from detinfer.policy import Policy, deterministic
 
 Progress = Callable[[str, int, int], None]
@@ -172,7 +173,7 @@ def verify(
             _walk(walk, able, cases[1:], options, progress, ranks)
         clock("axes")
         progress("stress", 0, 1)
-        sensitivity, order_free = _sensitivity(active, ranks)
+        sensitivity, order_free = _sensitivity(active, ranks, device_of(target.module))
         clock("stress")
     result.decisions = [*active.decisions_json(), *ranks.decisions()]
     found = sweep.found
@@ -263,7 +264,7 @@ def _load_inputs(
 
     Returns the recomputed (arguments, outputs) by unit and call; empty when the file has everything.
     """
-    by_name = {unit.name: unit for unit in units}
+    by_name, device = {unit.name: unit for unit in units}, device_of(target.module)
     missing: list[tuple[Replay, Key]] = []
     for entry in chosen:
         unit = by_name.get(entry["name"])
@@ -272,7 +273,7 @@ def _load_inputs(
             key = (call["request"], call["step"])
             node = tree.map_tensors(call["arguments"], lambda _, digest: golden.tensor(digest))
             if all(tensor is not None for _, tensor in tree.tensors(node)):
-                unit.arguments[key] = node
+                unit.arguments[key] = _on(device, node)
             else:
                 missing.append((unit, key))
     # A rank may find all of its own in the file where another does not: tensors that are equal are stored once.
@@ -332,6 +333,11 @@ def _judge_golden(
 
 
 @bits.unseen
+def _on(device: torch.device, node: Node) -> Node:
+    return tree.map_tensors(node, lambda _, tensor: tensor.to(device))
+
+
+@bits.unseen
 def _same_digests(node: Node, wanted: Node) -> bool:
     return tree.map_tensors(node, lambda _, tensor: bits.digest(tensor)) == wanted
 
@@ -350,7 +356,7 @@ def _against_file(golden: Golden, node: Node, wanted: Node, found: Comparison) -
     return None if rows.first is None else (rows, rows.first)
 
 
-def _sensitivity(active: Any, ranks: Ranks) -> tuple[list[Sensitivity], list[str]]:
+def _sensitivity(active: Any, ranks: Ranks, device: torch.device) -> tuple[list[Sensitivity], list[str]]:
     """Probe every reducing operation at its recorded shapes, each rank some; the others are free of order."""
     found: list[Sensitivity] = []
     done: set[tuple[str, str, str]] = set()
@@ -364,7 +370,7 @@ def _sensitivity(active: Any, ranks: Ranks) -> tuple[list[Sensitivity], list[str
             found.append(Sensitivity(operation, str(dtype).removeprefix("torch."), str(shapes), False, True, 0, note))
         elif (key := (operation, str(dtype), stress.shape)) not in done:
             done.add(key)
-            found.append(probe(stress, operation, dtype))
+            found.append(probe(stress, operation, dtype, device))
     everyone = {(one.operation, one.dtype, one.shape): one for rank in ranks.share(found) for one in rank}
     return [*probe_ranks(ranks), *everyone.values()], active.order_free()
 
@@ -424,7 +430,7 @@ def _invariance(
 def _staleness(found: Comparison, manifest: Any, target: Any, decisions: Sequence[dict[str, Any]]) -> Comparison:
     """A golden is judged where the environment is the recorded one, or every operation is portable."""
     then = environment.Environment.from_json(manifest.environment)
-    now = environment.capture(native.isa(), target.libraries)
+    now = environment.capture(native.isa(), target.libraries, device_of(target.module))
     found.stale = [(name, str(a), str(b)) for name, a, b in environment.differences(then, now)]
     if found.stale and not all(decision["portable"] for decision in decisions):
         found.verdict = "stale"

@@ -53,22 +53,48 @@ class Target:
     libraries: tuple[str, ...] = ()
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.module)
+
+    def to(self, device: torch.device | str) -> Target:
+        """The same target with its model and its requests on ``device``: its digests stay."""
+        where = checked(device)
+        if where.type != self.device.type:
+            self.module.to(where)
+            self.inputs = [on(where, request) for request in self.inputs]
+        return self
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids of a language model."""
         embeddings: Any = self.module.get_input_embeddings()  # type: ignore[operator]
         return int(embeddings.weight.shape[0])
 
 
-def load(spec: str, dtype: torch.dtype | None = None, seed: int = 0, ranks: Ranks = ALONE) -> Target:
-    """Load a target on CPU, in eval mode, without gradients.
+def load(
+    spec: str,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+    device: torch.device | str = "cpu",
+) -> Target:
+    """Load a target, in eval mode, without gradients, and move it to ``device``.
 
     ``dtype`` casts parameters, buffers and floating-point requests of a module; None keeps what the model has (bf16
     for smollm2). ``seed`` goes to a factory. Raises TargetError when it cannot be loaded, UnsupportedDtype for a
     dtype without canonical orders.
 
-    With ``ranks`` this process loads its share of the model, and all ranks load theirs at the same time.
+    With ``ranks`` this process loads its share of the model, and all ranks load theirs at the same time, on CPU.
     """
     check_ranks(spec, ranks.size)
+    where = checked(device)
+    if ranks.size > 1 and where.type != "cpu":
+        raise TargetError(f"target {spec} on {where}: in this version a model over several ranks runs on CPU")
+    return _load(spec, dtype, seed, ranks).to(where)
+
+
+def _load(spec: str, dtype: torch.dtype | None, seed: int, ranks: Ranks) -> Target:
     if dtype is not None:
         native.dtype_code(dtype, f"target {spec}")
     # Imported here: a module of the user's own needs none of transformers.
@@ -138,7 +164,7 @@ def _dtype(spec: str, loaded: Loaded) -> torch.dtype:
     for kind, named in (("parameter", loaded.module.named_parameters()), ("buffer", loaded.module.named_buffers())):
         for name, t in named:
             if t.device.type != "cpu":
-                raise TargetError(f"target {spec}: {kind} {name} is on {t.device}; this version runs models on CPU")
+                raise TargetError(f"target {spec}: {kind} {name} is on {t.device}; load on CPU, --device moves it")
             if t.is_floating_point() or t.is_complex():
                 native.dtype_code(t.dtype, f"target {spec}: {kind} {name}")
                 if kind == "parameter":
@@ -150,6 +176,39 @@ def _dtype(spec: str, loaded: Loaded) -> torch.dtype:
             native.dtype_code(t.dtype, f"target {spec}: a request")
             return t.dtype
     raise UnsupportedDtype(f"target {spec}: neither its parameters nor its requests are floating-point")
+
+
+def checked(device: torch.device | str) -> torch.device:
+    """A device that this version runs models on: TargetError for another, or for one that this machine lacks."""
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise TargetError(f"device {device!r}: cpu, cuda or cuda:N ({error})") from None
+    if where.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (where.index or 0) >= count:
+            raise TargetError(f"device {where}: torch sees {count} CUDA devices on this machine")
+        return torch.device("cuda", where.index or 0)
+    if where.type != "cpu":
+        raise TargetError(f"device {where}: this version runs models on cpu and cuda")
+    return where
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's parameters and buffers; the CPU where it has none."""
+    held = next((t for named in (module.parameters(), module.buffers()) for t in named), None)
+    return torch.device("cpu") if held is None else held.device
+
+
+def on(device: torch.device, value: Any) -> Any:
+    """``value`` with every tensor in nested tuples, lists and dicts on ``device``."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: on(device, item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on(device, item) for item in value)
+    return value
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -24,7 +24,10 @@ import torch
 
 FAMILIES = ("matmul", "attention", "elementwise", "rows", "moe")
 
-FAMILIES_ON: dict[str, tuple[str, ...]] = {"cpu": FAMILIES, "cuda": ("elementwise_cuda", "rows_cuda")}
+FAMILIES_ON: dict[str, tuple[str, ...]] = {
+    "cpu": FAMILIES,
+    "cuda": ("matmul_cuda", "attention_cuda", "elementwise_cuda", "rows_cuda"),
+}
 """The families of each kind of device."""
 
 _PORTABLE: dict[str, frozenset[torch.dtype]] = {

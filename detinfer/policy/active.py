@@ -65,7 +65,8 @@ class Active:
         """Operations met that compute floating point and contain no reduction: no order can change their bits."""
         found: dict[str, None] = {}
         for (op, dtypes), decision in self.decisions.items():
-            family = self._known.covered.get(op)
+            known = self._known.elsewhere.get(op.partition(" on ")[2], self._known)
+            family = known.covered.get(decision.op)
             if (
                 isinstance(decision, Accepted)
                 and decision.reason != MOVES
