@@ -36,11 +36,11 @@ int all_gather(const Comm& comm, const GpuCall* call, Stream stream) {
     args.out = static_cast<char*>(call->out);
     args.bytes = call->count;
     args.inner = call->inner;
-    args.tile_bytes = clamped(divided_up(divided_up(call->count, config.tile_channels), 512) * 512,
-                              config.least_tile_bytes, comm.regions.tiles.slot_bytes);
+    const TileShape shape = tile_shape(comm, *call, comm.regions.tiles);
+    args.tile_bytes = clamped(divided_up(divided_up(call->count, shape.channels), 512) * 512, config.least_tile_bytes, shape.most);
     args.in_aligned = aligned_to(call->in, 16);
     args.out_aligned = fits(16);
-    const int64_t blocks = clamped(divided_up(call->count, args.tile_bytes), 1, config.tile_channels);
+    const int64_t blocks = clamped(divided_up(call->count, args.tile_bytes), 1, shape.channels);
     const int64_t threads = clamped(divided_up(args.tile_bytes / kPackBytes, 32) * 32, 32, config.tile_threads);
     return checked(launch(tile_gather<N>, static_cast<int>(blocks), static_cast<int>(threads), 0, stream, config.overlap != 0,
                           link_of(comm, comm.state->tiles, *call), comm.regions.tiles, args),

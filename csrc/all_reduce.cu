@@ -46,12 +46,12 @@ template <class T, int N> int run_tiles(const Comm& comm, const GpuCall& call, i
   args.in = static_cast<const char*>(call.in);
   args.out = static_cast<char*>(call.out);
   args.bytes = bytes;
-  args.tile_bytes = clamped(divided_up(divided_up(bytes, config.tile_channels), 512) * 512, config.least_tile_bytes,
-                            comm.regions.tiles.slot_bytes);
+  const TileShape shape = tile_shape(comm, call, comm.regions.tiles);
+  args.tile_bytes = clamped(divided_up(divided_up(bytes, shape.channels), 512) * 512, config.least_tile_bytes, shape.most);
   args.in_aligned = aligned_to(call.in, 16);
   args.out_aligned = aligned_to(call.out, 16);
   args.how = {call.op, call.order};
-  const int64_t blocks = clamped(divided_up(bytes, args.tile_bytes), 1, config.tile_channels);
+  const int64_t blocks = clamped(divided_up(bytes, args.tile_bytes), 1, shape.channels);
   const int64_t threads = clamped(divided_up(args.tile_bytes / kPackBytes, 32) * 32, 32, config.tile_threads);
   const Link link = link_of(comm, comm.state->tiles, call);
   const auto kernel = call.path == static_cast<int32_t>(GpuPath::kPull) ? one_shot_reduce<T, N, true> : one_shot_reduce<T, N, false>;
@@ -68,13 +68,14 @@ int run_parts(const Comm& comm, const GpuCall& call, int64_t bytes, Stream strea
   args.out = static_cast<char*>(call.out);
   args.bytes = bytes;
   const int64_t tile = kScatter ? 1 : N;  // parts of the message in a tile
-  args.part_bytes = clamped(divided_up(divided_up(bytes, tile * config.tile_channels), 512) * 512,
-                            config.least_tile_bytes / N / 16 * 16, comm.regions.parts.slot_bytes);
+  const TileShape shape = tile_shape(comm, call, comm.regions.parts);
+  args.part_bytes = clamped(divided_up(divided_up(bytes, tile * shape.channels), 512) * 512,
+                            config.least_tile_bytes / N / 16 * 16, shape.most);
   args.gather_counters = comm.state->sums;
   args.in_aligned = aligned_to(call.in, 16) && (!kScatter || bytes % 16 == 0);
   args.out_aligned = aligned_to(call.out, 16);
   args.how = {call.op, call.order};
-  const int64_t blocks = clamped(divided_up(bytes, tile * args.part_bytes), 1, config.tile_channels);
+  const int64_t blocks = clamped(divided_up(bytes, tile * args.part_bytes), 1, shape.channels);
   const int64_t threads = clamped(divided_up(args.part_bytes / kPackBytes, 32) * 32, 32, config.tile_threads);
   const Link link = link_of(comm, comm.state->parts, call);
   return checked(launch(two_shot_reduce<T, N, kScatter>, static_cast<int>(blocks), static_cast<int>(threads), 0, stream,

@@ -22,7 +22,7 @@ uint64_t mixed(uint64_t hash, uint64_t value) {  // splitmix64's finish
 // Everything that the ranks of a call have to agree on.
 uint32_t hash_of(const GpuCall& call) {
   uint64_t hash = 0;
-  for (int32_t field : {call.collective, call.path, call.dtype, call.op, call.order}) hash = mixed(hash, static_cast<uint32_t>(field));
+  for (int32_t field : {call.collective, call.path, call.dtype, call.op, call.order, call.blocks, call.tile_bytes}) hash = mixed(hash, static_cast<uint32_t>(field));
   hash = mixed(mixed(hash, static_cast<uint64_t>(call.count)), static_cast<uint64_t>(call.inner));
   if (call.collective == static_cast<int32_t>(GpuCollective::kAllReduceRmsNorm)) {
     uint64_t eps;

@@ -4,7 +4,7 @@
 
 namespace detinfer {
 
-static constexpr int32_t kGpuAbi = 1;
+static constexpr int32_t kGpuAbi = 2;
 
 enum class GpuCollective : int32_t { kAllReduce = 0, kReduceScatter, kAllGather, kAllReduceRmsNorm };
 enum class GpuPath : int32_t { kPush = 0, kPushTiles, kPull, kTwoShot };
@@ -32,6 +32,8 @@ struct GpuCall {
   int32_t op;          // ReduceOp
   int32_t order;       // RankOrder
   int32_t weight_dtype, weight_mode, residual_mode;
+  int32_t blocks;      // of tiles at most; 0: as many as there are channels
+  int32_t tile_bytes;  // of one rank in one slot at most; 0: all that a slot holds
   int64_t count;  // elements of the result of an all_reduce, of a slice of a reduce_scatter; bytes of a part of all_gather
   int64_t inner;  // all_gather: bytes of a part that lie side by side in `out`; all_reduce_rms_norm: elements of a row
   double eps;

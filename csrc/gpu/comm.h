@@ -55,6 +55,16 @@ static inline int64_t clamped(int64_t value, int64_t least, int64_t most) {
   return value < least ? least : value > most ? most : value;
 }
 
+// How a call cuts its tiles: the channels that it may use, and the most bytes of one rank in a slot of `ring`.
+struct TileShape {
+  int64_t channels, most;
+};
+static inline TileShape tile_shape(const Comm& comm, const GpuCall& call, const Ring& ring) {
+  const int64_t channels = comm.config.tile_channels, most = ring.slot_bytes;
+  return {call.blocks > 0 ? clamped(call.blocks, 1, channels) : channels,
+          call.tile_bytes > 0 ? clamped(call.tile_bytes / 16 * 16, 512, most) : most};
+}
+
 // body(integral constant N), N the number of ranks.
 template <int N> struct Ranks {
   static constexpr int value = N;

@@ -1,14 +1,14 @@
 """The fastest path of each collective at each size between this machine's GPUs: a table for ``connect`` to read.
 
-Every path is timed at every size that it takes, with tiles and numbers of blocks of several kinds; the communicator's
-geometry is the one whose best paths are the fastest on the whole, and the table has its fastest path for each size.
+Every path is timed at every size that it takes, tiles by several numbers of blocks and sizes of tiles; the table has the
+fastest for each size, and the communicator's geometry is made as large as these need.
 """
 
 from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,59 +19,61 @@ from detinfer.bench import cuda_timing
 from detinfer.bench.collectives_check import cancelling, check_sum
 from detinfer.collectives.cuda import CudaCommunicator, connect
 from detinfer.collectives.cuda_native import Geometry
-from detinfer.collectives.cuda_paths import KNOWN, Tuned, make, shipped
-from detinfer.errors import InfrastructureError, NativeError, UsageError
+from detinfer.collectives.cuda_paths import KNOWN, Tuned, cut, make, shipped
+from detinfer.errors import UsageError
 
 SIZES = tuple(1 << power for power in range(11, 29))
 HIDDEN = 4096
 """Elements of a row where the norm is timed."""
 TILES_FROM = 1 << 15
 """Bytes below which only push is timed: tiles meet more often."""
+TILE_BYTES = (8192, 16384, 32768)
+BLOCKS = (66, 132, 264)
 CHECKED = 1 << 26
 NEAR = 1.01
 """A path stays the choice of the next size while it is within this of the fastest there."""
+LOST = 1.5
+"""A path that takes this many times as long as the fastest is not timed at larger sizes."""
 
 Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Line:
-    """Microseconds a call of a collective by a path of a geometry."""
+    """Microseconds a call of a collective by a path, cut as it says."""
 
     collective: str
     bytes: int
-    geometry: str
     path: str
     us: float
 
 
-def geometries(ranks: int) -> dict[str, Geometry]:
-    """What is tried: the shipped geometry, and others that differ in the tiles' number and size."""
-    base = shipped(ranks).geometry
-    found = {"shipped": base}
-    for blocks in (66, 132, 264) if ranks <= 4 else (66, 132):
-        found[f"{blocks} blocks"] = replace(base, tile_channels=blocks)
-    for part in (32768, 65536, 131072):
-        found[f"tiles of {part >> 10} KiB"] = replace(base, part_bytes=part)
-    return {name: each for name, each in found.items() if name == "shipped" or each != base}
+def largest(ranks: int) -> Geometry:
+    """The geometry to time in: with it every cut that is tried has room."""
+    blocks = BLOCKS[-1] if ranks <= 4 else BLOCKS[-2]  # with more ranks a thread holds more: one block a processor
+    return replace(
+        shipped(ranks).geometry, tile_channels=blocks, tile_bytes=TILE_BYTES[-1], part_bytes=TILE_BYTES[-1] * ranks
+    )
 
 
-def choose(lines: Iterable[Line], names: Iterable[str]) -> str:
-    """The geometry whose fastest paths are the fastest: the least geometric mean over collectives and sizes.
-
-    push is the same in all of them and is timed once.
-    """
-    best: dict[tuple[str, int], dict[str, float]] = {}
-    for line in lines:
-        for name in names if line.path == "push" else [line.geometry]:
-            row = best.setdefault((line.collective, line.bytes), {})
-            row[name] = min(row.get(name, math.inf), line.us)
-    totals = {name: sum(math.log(row.get(name, math.inf)) for row in best.values()) for name in names}
-    return min(totals, key=lambda name: totals[name])
+def cuts(path: str, collective: str, nbytes: int, geometry: Geometry, ranks: int) -> list[str]:
+    """``path`` in every way to cut ``nbytes`` that csrc would cut differently (``run_tiles`` and ``run_parts``)."""
+    if path == "push":
+        return [path]
+    shared = ranks if path == "two_shot" and collective != "reduce_scatter" else 1
+    least = geometry.least_tile_bytes // (ranks if path == "two_shot" else 1) // 16 * 16
+    found: dict[tuple[int, int], str] = {}
+    for blocks in (count for count in BLOCKS if count <= geometry.tile_channels):
+        for most in TILE_BYTES:
+            own = -(-nbytes // (shared * blocks))
+            tile = max(least, min(-(-own // 512) * 512, most))
+            used = min(-(-nbytes // (shared * tile)), blocks)
+            found.setdefault((tile, used), f"{path}@{blocks}x{most}")
+    return list(found.values())
 
 
 def table_of(lines: Iterable[Line]) -> dict[str, dict[str, Any]]:
-    """``up_to`` and ``above`` of each collective from times of one geometry: a path goes up to the last size it wins."""
+    """``up_to`` and ``above`` of each collective: a path goes up to the last size that it wins."""
     times: dict[str, dict[int, dict[str, float]]] = {}
     for line in lines:
         times.setdefault(line.collective, {}).setdefault(line.bytes, {})[line.path] = line.us
@@ -91,6 +93,22 @@ def table_of(lines: Iterable[Line]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def needed(geometry: Geometry, table: dict[str, dict[str, Any]], ranks: int) -> Geometry:
+    """``geometry`` with as many channels and as large tiles as the table's paths use: they are the memory it takes."""
+    chosen = [
+        cut(name, path) for name, entry in table.items() for path in [*(p for _, p in entry["up_to"]), entry["above"]]
+    ]
+    blocks = max((blocks for _, blocks, _ in chosen), default=0)
+    parts = max((most for path, _, most in chosen if path == "two_shot"), default=0)
+    tiles = max((most for path, _, most in chosen if path in ("push_tiles", "pull")), default=0)
+    return replace(
+        geometry,
+        tile_channels=blocks or geometry.tile_channels,
+        tile_bytes=max(tiles, geometry.least_tile_bytes),
+        part_bytes=max(parts * ranks, geometry.least_tile_bytes),
+    )
+
+
 def work(say: Callable[[str], None] = lambda text: None) -> tuple[Tuned, list[Line]]:
     """Time everything and choose, in every rank; rank 0's is the result."""
     import torch.distributed as dist
@@ -101,40 +119,34 @@ def work(say: Callable[[str], None] = lambda text: None) -> tuple[Tuned, list[Li
     whole = x.repeat(-(-SIZES[-2] // 2 * ranks // most))  # of reduce_scatter and all_gather
     buffers = x, torch.empty_like(x), whole
     lines: list[Line] = []
-    tried = {}
-    for name, geometry in geometries(ranks).items():
-        try:
-            comm = connect(geometry=geometry, paths=shipped(ranks).paths, timeout=20.0)
-        except (NativeError, InfrastructureError) as error:
-            say(f"{name}: left out ({error})")
+    geometry = largest(ranks)
+    with connect(geometry=geometry, paths=shipped(ranks).paths, timeout=20.0) as comm:
+        for collective in KNOWN:
+            lines += _times(comm, collective, geometry, buffers)
+            say(f"{collective}: timed")
+    table = table_of(lines)
+    return Tuned("timed here", needed(geometry, table, ranks), make(table)), lines
+
+
+def _times(comm: CudaCommunicator, collective: str, geometry: Geometry, buffers: Buffers) -> Iterator[Line]:
+    lost: set[str] = set()
+    for nbytes in SIZES if collective.startswith("all_reduce") else SIZES[:-1]:
+        call = _call(comm, collective, nbytes, buffers)
+        if call is None:
             continue
-        tried[name] = geometry
-        with comm:
-            lines += [
-                Line(collective, nbytes, name, path, round(us, 3))
-                for collective, nbytes, path, us in _times(comm, buffers, name == "shipped")
-            ]
-        say(f"{name}: timed")
-    name = choose(lines, tried)
-    kept = [line for line in lines if line.path == "push" or line.geometry == name]
-    return Tuned(name, tried[name], make(table_of(kept))), lines
-
-
-def _times(comm: CudaCommunicator, buffers: Buffers, push: bool) -> Iterable[tuple[str, int, str, float]]:
-    x, y, _ = buffers
-    for collective, paths in KNOWN.items():
-        for nbytes in SIZES if collective.startswith("all_reduce") else SIZES[:-1]:
-            call = _call(comm, collective, nbytes, buffers)
-            if call is None:
+        row: dict[str, float] = {}
+        for path in KNOWN[collective]:
+            if path in lost or (path != "push" and nbytes < TILES_FROM):
                 continue
-            for path in paths:
-                if (path == "push" and not push) or (path != "push" and nbytes < TILES_FROM):
-                    continue
-                if path == "push" and not _pushed(comm, collective, nbytes):
-                    continue
+            if path == "push" and not _pushed(comm, collective, nbytes):
+                continue
+            for each in cuts(path, collective, nbytes, geometry, comm.size):
                 if collective == "all_reduce" and nbytes <= CHECKED:
-                    check_sum(comm, x[: nbytes // 2], y[: nbytes // 2], path)
-                yield collective, nbytes, path, _timed(call, path, nbytes)
+                    check_sum(comm, buffers[0][: nbytes // 2], buffers[1][: nbytes // 2], each)
+                us = _timed(call, each, nbytes)
+                row[path] = min(us, row.get(path, math.inf))
+                yield Line(collective, nbytes, each, round(us, 3))
+        lost |= {path for path, us in row.items() if us > LOST * min(row.values())}
 
 
 def _pushed(comm: CudaCommunicator, collective: str, nbytes: int) -> bool:
@@ -199,26 +211,26 @@ def environment(ranks: int) -> dict[str, object]:
     }
 
 
-def measured(tuned: Tuned, lines: Iterable[Line]) -> list[dict[str, Any]]:
+def measured(lines: Iterable[Line]) -> list[dict[str, Any]]:
     """The times that a table follows from, one object each."""
-    return [asdict(line) for line in lines if line.path == "push" or line.geometry == tuned.origin]
+    return [asdict(line) for line in lines]
 
 
 def tables(tuned: Tuned, lines: Iterable[Line]) -> list[Table]:
-    """One table a collective: a row a size, a column a path, at the chosen geometry."""
+    """One table a collective: a row a size, a column a path with its fastest cut's time, and the one that is chosen."""
+    times: dict[str, dict[int, dict[str, float]]] = {}
+    for line in lines:
+        row = times.setdefault(line.collective, {}).setdefault(line.bytes, {})
+        path = cut(line.collective, line.path)[0]
+        row[path] = min(line.us, row.get(path, math.inf))
     shown = []
-    kept = [line for line in lines if line.path == "push" or line.geometry == tuned.origin]
-    for name, known in KNOWN.items():
-        table = Table(title=f"{name}, {tuned.origin}: microseconds a call")
+    for name, sizes in times.items():
+        table = Table(title=f"{name}: microseconds a call")
         table.add_column("bytes", justify="right")
-        for path in (*known, "chosen"):
+        for path in (*KNOWN[name], "chosen"):
             table.add_column(path, justify="right")
-        times: dict[int, dict[str, float]] = {}
-        for line in kept:
-            if line.collective == name:
-                times.setdefault(line.bytes, {})[line.path] = line.us
-        for nbytes, row in times.items():
-            cells = [f"{row[path]:.2f}" if path in row else "" for path in known]
+        for nbytes, row in sizes.items():
+            cells = [f"{row[path]:.2f}" if path in row else "" for path in KNOWN[name]]
             table.add_row(str(nbytes), *cells, tuned.paths.of(name, nbytes))
         shown.append(table)
     return shown

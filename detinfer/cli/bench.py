@@ -133,8 +133,8 @@ def _tune(ranks: int, path: Path | None, table: Path | None) -> None:
         shown.print(each)
     environment = benchmark.environment(ranks)
     where = table or cuda_paths.user_file(str(environment["gpu"]), ranks)
-    cuda_paths.write(where, environment, tuned, benchmark.measured(tuned, lines))
-    shown.print(f"geometry: {tuned.origin}\nwritten: {where}", soft_wrap=True)
+    cuda_paths.write(where, environment, tuned, benchmark.measured(lines))
+    shown.print(f"written: {where}", soft_wrap=True)
     if path is not None:
         path.write_text(json.dumps([vars(line) for line in lines], indent=1) + "\n", encoding="utf-8")
 

@@ -51,6 +51,8 @@ class Call(ctypes.Structure):
         ("weight_dtype", ctypes.c_int32),
         ("weight_mode", ctypes.c_int32),
         ("residual_mode", ctypes.c_int32),
+        ("blocks", ctypes.c_int32),
+        ("tile_bytes", ctypes.c_int32),
         ("count", ctypes.c_int64),
         ("inner", ctypes.c_int64),
         ("eps", ctypes.c_double),

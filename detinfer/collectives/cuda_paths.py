@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from detinfer.collectives.cuda_native import Geometry
+from detinfer.collectives.cuda_native import PATHS, Geometry
 from detinfer.errors import UsageError
 
 VARIABLE = "DETINFER_CUDA_PATHS"
@@ -30,7 +30,17 @@ KNOWN = {
     "all_gather": ("push", "push_tiles"),
     "all_reduce_rms_norm": ("push", "push_tiles", "pull", "two_shot"),
 }
-"""The paths of each collective; all but push take any size."""
+"""The paths of each collective; all but push take any size, and may say how they are cut (``cut``)."""
+
+
+def cut(where: str, path: str) -> tuple[str, int, int]:
+    """(path, blocks at most, bytes of a rank in a tile at most) of ``path`` or ``path@blocksxbytes``; 0: all there are."""
+    found = re.fullmatch(r"(push)|(push_tiles|pull|two_shot)(?:@([1-9]\d{0,3})x([1-9]\d{2,6}))?", path)
+    if found is None:
+        raise UsageError(
+            f"{where}: path {path!r} is one of {', '.join(PATHS)}; all but push may end in @BLOCKSxBYTES, as two_shot@66x8192"
+        )
+    return found[1] or found[2], int(found[3] or 0), int(found[4] or 0)
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ def make(table: Mapping[str, Mapping[str, object]]) -> Paths:
             raise UsageError(
                 f"table of paths: {name} needs up_to, a list of [bytes, path], and above, a path ({error!r})"
             ) from None
-        wrong = [path for path in (*(path for _, path in pairs), last) if path not in known]
+        wrong = [path for path in (*(path for _, path in pairs), last) if cut(name, path)[0] not in known]
         if wrong or last == "push":
             raise UsageError(f"table of paths: {name} has {', '.join(known)}, and push takes no size above all others")
         steps.append((name, tuple(sorted(pairs)), last))

@@ -17,55 +17,61 @@ from detinfer.collectives.patterns import stored_each_step
 from detinfer.errors import Diverged, Vacuous
 from detinfer.reference.all_reduce import all_reduce
 
-NAMES = ("shipped", "few")
-
 
 def _lines() -> list[Line]:
     lines = []
-    for name in cuda_paths.KNOWN:
+    for name, known in cuda_paths.KNOWN.items():
         for nbytes, push in ((1024, 2.0), (2048, 4.0), (4096, 9.0)):
-            lines.append(Line(name, nbytes, "shipped", "push", push))
-            tiles = cuda_paths.KNOWN[name][-1]
-            lines.append(Line(name, nbytes, "shipped", tiles, 5.0))
-            lines.append(Line(name, nbytes, "few", tiles, 6.0 if nbytes == 4096 else 1.0))
+            lines.append(Line(name, nbytes, "push", push))
+            lines.append(Line(name, nbytes, f"{known[-1]}@66x8192", 5.0))
+            lines.append(Line(name, nbytes, f"{known[-1]}@132x16384", 4.9 if nbytes == 4096 else 6.0))
     return lines
 
 
 def test_the_fastest_path_of_each_size() -> None:
     """Up to the last size that a path wins; push, which takes no size above all others, never stands last."""
-    lines = [line for line in _lines() if line.geometry == "shipped"]
-    table = collectives_tune.table_of(lines)
-    assert table["all_reduce"] == {"up_to": [[2048, "push"]], "above": "two_shot"}
-    assert table["all_gather"] == {"up_to": [[2048, "push"]], "above": "push_tiles"}
-    cuda_paths.make(table)
-    pushes = [line for line in lines if line.path == "push"]
+    table = collectives_tune.table_of(_lines())
+    assert table["all_reduce"] == {"up_to": [[2048, "push"]], "above": "two_shot@132x16384"}
+    assert table["all_gather"] == {"up_to": [[2048, "push"]], "above": "push_tiles@132x16384"}
+    assert cuda_paths.make(table).of("all_reduce", 2049) == "two_shot@132x16384"
+    pushes = [line for line in _lines() if line.path == "push"]
     assert collectives_tune.table_of(pushes)["all_reduce"] == {"up_to": [[4096, "push"]], "above": "two_shot"}
 
 
 def test_a_path_stays_while_it_is_near() -> None:
     """Within a hundredth of the fastest the table gets no new step; beyond it does."""
     for us, steps in ((10.05, [[4096, "push"]]), (10.2, [[2048, "push"], [4096, "pull"]])):
-        lines = [Line("all_reduce", 2048, "shipped", "push", 3.0), Line("all_reduce", 4096, "shipped", "push", us)]
-        lines += [
-            Line("all_reduce", 4096, "shipped", "pull", 10.0),
-            Line("all_reduce", 8192, "shipped", "two_shot", 9.0),
-        ]
+        lines = [Line("all_reduce", 2048, "push", 3.0), Line("all_reduce", 4096, "push", us)]
+        lines += [Line("all_reduce", 4096, "pull", 10.0), Line("all_reduce", 8192, "two_shot", 9.0)]
         assert collectives_tune.table_of(lines)["all_reduce"] == {"up_to": steps, "above": "two_shot"}
-
-
-def test_the_geometry_that_is_fastest_on_the_whole() -> None:
-    """push counts for each geometry alike."""
-    assert collectives_tune.choose(_lines(), NAMES) == "few"
-    slower = [Line(**{**vars(line), "us": line.us * 9}) if line.geometry == "few" else line for line in _lines()]
-    assert collectives_tune.choose(slower, NAMES) == "shipped"
 
 
 @pytest.mark.parametrize("ranks", range(2, 9))
 def test_what_is_tried(ranks: int) -> None:
-    """The shipped geometry first, the others all different."""
-    tried = collectives_tune.geometries(ranks)
-    assert next(iter(tried)) == "shipped"
-    assert len(set(tried.values())) == len(tried) > 3
+    """Cuts that differ in what csrc does, all within the geometry; few at a small size, several at a large one."""
+    geometry = collectives_tune.largest(ranks)
+    for name, paths in cuda_paths.KNOWN.items():
+        for path in paths:
+            small, large = (collectives_tune.cuts(path, name, n, geometry, ranks) for n in (32768, 1 << 26))
+            assert len(set(small)) == len(small) >= 1
+            assert len(large) == (1 if path == "push" else 9 if ranks <= 4 else 6)
+            assert len(small) < len(large) or path == "push"
+            for each in large:
+                kind, blocks, most = cuda_paths.cut(name, each)
+                assert kind == path
+                assert blocks <= geometry.tile_channels
+                assert most * (ranks if path == "two_shot" else 1) <= max(geometry.tile_bytes, geometry.part_bytes)
+
+
+def test_the_memory_that_a_table_needs() -> None:
+    """The largest number of blocks and the largest tiles of what was chosen, and no more."""
+    geometry = collectives_tune.largest(4)
+    table = collectives_tune.table_of(_lines())
+    found = collectives_tune.needed(geometry, table, 4)
+    assert (found.tile_channels, found.tile_bytes, found.part_bytes) == (132, 16384, 4 * 16384)
+    table["all_reduce"]["above"] = "two_shot@264x32768"
+    found = collectives_tune.needed(geometry, table, 4)
+    assert (found.tile_channels, found.tile_bytes, found.part_bytes) == (264, 16384, 4 * 32768)
 
 
 def test_without_the_gpus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

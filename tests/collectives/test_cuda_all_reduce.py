@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 ORDERS = ("rank_order", "rank_tree")
-PATHS = ("push", "push_tiles", "pull", "two_shot")
+PATHS = ("push", "push_tiles", "pull", "two_shot", "push_tiles@2x1024", "two_shot@3x512")
 COUNTS = (1, 2, 3, 5, 7, 8, 9, 15, 49, 77, 100, 1000, 2890, 4096, 30001, 200003)
 
 

@@ -72,7 +72,7 @@ PATHS = {name: {"up_to": [], "above": known[-1]} for name, known in cuda_paths.K
         ({"paths": 7}, "have to be objects"),
         (
             {"paths": {**PATHS, "all_reduce": {"up_to": [[9, "ring"]], "above": "pull"}}},
-            "all_reduce has push, push_tiles",
+            "path .ring. is one of push, push_tiles",
         ),
         (
             {"paths": {**PATHS, "all_gather": {"up_to": [], "above": "two_shot"}}},
@@ -108,3 +108,13 @@ def test_push_within_a_geometry() -> None:
     assert [paths.of("all_reduce", n) for n in (4096, 4097, 1 << 20, 3 << 20)] == [
         *("push", "push_tiles", "push_tiles", "two_shot")
     ]
+
+
+def test_how_a_path_is_cut() -> None:
+    """``@BLOCKSxBYTES`` after any path but push; what cannot be read names the paths."""
+    assert cuda_paths.cut("all_reduce", "two_shot@66x8192") == ("two_shot", 66, 8192)
+    assert cuda_paths.cut("all_reduce", "pull") == ("pull", 0, 0)
+    assert cuda_paths.cut("all_reduce", "push") == ("push", 0, 0)
+    for wrong in ("ring", "push@66x8192", "two_shot@0x8192", "two_shot@66", "two_shot@66x8192x1", "two_shot@-1x512"):
+        with pytest.raises(UsageError, match="is one of push, push_tiles, pull, two_shot"):
+            cuda_paths.cut("all_reduce", wrong)
