@@ -20,12 +20,14 @@ from detinfer.collectives import all_gather as _all_gather
 from detinfer.collectives import all_reduce as _all_reduce
 from detinfer.collectives import all_reduce_rms_norm as _all_reduce_rms_norm
 from detinfer.collectives import reduce_scatter as _reduce_scatter
-from detinfer.collectives import rendezvous
+from detinfer.collectives import rendezvous, torch_ops
 from detinfer.collectives.calls import COLLECTIVES, PATHS, Args, Call, Order, Path, ReduceOp, describe
 from detinfer.errors import NativeError, PeerError, RankMismatch, UsageError
 from detinfer.reference.rows import ResidualMode, WeightMode
 
 __all__ = ["PATHS", "Communicator", "connect"]
+
+is_compiling = torch.compiler.is_compiling
 
 MOST_RANKS = 8
 STAGING = 1 << 18
@@ -74,7 +76,7 @@ class Communicator:
     - UsageError or UnsupportedDtype for arguments that cannot be right on any rank, before the others are met.
 
     Sums are those of ``detinfer/reference/all_reduce.py``, byte for byte, on every rank and every path. There is no
-    autograd. One thread at a time may call; a forked child may not.
+    autograd; torch.compile keeps the calls in its graphs. One thread at a time may call; a forked child may not.
     """
 
     def __init__(self, handle: int, rank: int, size: int) -> None:
@@ -85,6 +87,7 @@ class Communicator:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._known: dict[tuple[Hashable, ...], Args] = {}
+        self.key = torch_ops.register(self)
         self._run: Callable[[int, int], int] = _library().detinfer_communicator_call
 
     def all_reduce(
@@ -103,6 +106,8 @@ class Communicator:
         in float32 and rounded once; float64 in itself; int8 to int64 and uint8 wrap. ``avg`` divides the sum once; for
         ``max`` and ``min`` NaN wins and +0 > -0. ``out``, of the same shape and dtype, may be ``tensor`` itself.
         """
+        if is_compiling():
+            return torch_ops.into(out, torch.ops.detinfer.all_reduce(tensor, self.key, op, order, path or ""))
         return _all_reduce.all_reduce(self, tensor, op, order, path, out)
 
     def reduce_scatter(
@@ -113,13 +118,20 @@ class Communicator:
         op: ReduceOp = "sum",
         order: Order = "rank_order",
         path: Path | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """This rank's slice of ``all_reduce``: slice ``rank`` of N equal ones along ``dim``."""
-        return _reduce_scatter.reduce_scatter(self, tensor, dim, op, order, path)
+        if is_compiling():
+            found = torch.ops.detinfer.reduce_scatter(tensor, self.key, dim, op, order, path or "")
+        else:
+            found = _reduce_scatter.reduce_scatter(self, tensor, dim, op, order, path)
+        return torch_ops.into(out, found)
 
-    def all_gather(self, tensor: torch.Tensor, *, dim: int = 0) -> torch.Tensor:
+    def all_gather(self, tensor: torch.Tensor, *, dim: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """The ranks' tensors one after the other along ``dim``: a copy of bytes, of any dtype."""
-        return _all_gather.all_gather(self, tensor, dim)
+        if is_compiling():
+            return torch_ops.into(out, torch.ops.detinfer.all_gather(tensor, self.key, dim, ""))
+        return torch_ops.into(out, _all_gather.all_gather(self, tensor, dim))
 
     def all_reduce_rms_norm(
         self,
@@ -132,6 +144,8 @@ class Communicator:
         weight_mode: WeightMode = "llama",
         order: Order = "rank_order",
         path: Path | None = None,
+        out: torch.Tensor | None = None,
+        residual_out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm, residual_out): ``all_reduce(x)``, then add + RMSNorm over the last dimension, bit for bit.
 
@@ -139,7 +153,15 @@ class Communicator:
         unrounded sum. Weight modes as in ``ops.rows.rms_norm``. ``residual`` (shape and dtype of x) and ``weight`` (the
         last dimension's size; float32, bfloat16 or float16) are to be the same on all ranks, which is not checked.
         """
-        return _all_reduce_rms_norm.all_reduce_rms_norm(self, x, residual, weight, eps, mode, weight_mode, order, path)
+        if is_compiling():
+            norm, total = torch.ops.detinfer.all_reduce_rms_norm(
+                x, residual, weight, self.key, eps, mode, weight_mode, order, path or ""
+            )
+        else:
+            norm, total = _all_reduce_rms_norm.all_reduce_rms_norm(
+                self, x, residual, weight, eps, mode, weight_mode, order, path
+            )
+        return torch_ops.into(out, norm), torch_ops.into(residual_out, total)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

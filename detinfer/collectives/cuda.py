@@ -20,14 +20,14 @@ import torch.distributed as dist
 
 from detinfer import native
 from detinfer.collectives import cuda_native as gpu
+from detinfer.collectives import torch_ops
 from detinfer.collectives.calls import MODES, OPS, ORDERS, WEIGHT_MODES, Order, ReduceOp
 from detinfer.collectives.cuda_paths import Paths, chosen, cut, shipped
 from detinfer.errors import InfrastructureError, PeerError, RankMismatch, UsageError
 from detinfer.reference.rows import ResidualMode, WeightMode
 
 MOST_RANKS = 8
-PIECE = 1 << 36
-"""Bytes of a call at most: offsets are 64-bit, this is a bound on nonsense."""
+is_compiling = torch.compiler.is_compiling
 
 
 class CudaCommunicator:
@@ -51,6 +51,7 @@ class CudaCommunicator:
         self.paths = paths
         self._comm, self._opened, self._own = comm, tuple(opened), own
         self._pid = os.getpid()
+        self.key = torch_ops.register(self)
         self._lock = threading.Lock()
         self._index = device.index
         self._calls: dict[tuple[object, ...], tuple[gpu.Call, Any]] = {}
@@ -72,6 +73,8 @@ class CudaCommunicator:
         push, push_tiles, pull and two_shot; None: the fastest for the size. ``two_shot@66x8192`` takes at most 66 blocks
         and tiles of at most 8192 bytes of a rank, push_tiles and pull likewise.
         """
+        if is_compiling():
+            return torch_ops.into(out, torch.ops.detinfer.all_reduce(tensor, self.key, op, order, path or ""))
         if tensor.get_device() != self._index:
             self._here("all_reduce", tensor)
         given = tensor if tensor.is_contiguous() else tensor.contiguous()
@@ -95,6 +98,9 @@ class CudaCommunicator:
     ) -> torch.Tensor:
         """This rank's slice of ``all_reduce``: slice ``rank`` of N equal ones along ``dim``. Paths: push, two_shot."""
         where = "reduce_scatter"
+        if is_compiling():
+            found = torch.ops.detinfer.reduce_scatter(tensor, self.key, dim, op, order, path or "")
+            return torch_ops.into(out, found)
         self._here(where, tensor)
         dim = _dimension(where, tensor, dim)
         if tensor.shape[dim] % self.size:
@@ -118,6 +124,8 @@ class CudaCommunicator:
     ) -> torch.Tensor:
         """The ranks' tensors one after the other along ``dim``: a copy of bytes, of any dtype. Paths: push, push_tiles."""
         where = "all_gather"
+        if is_compiling():
+            return torch_ops.into(out, torch.ops.detinfer.all_gather(tensor, self.key, dim, path or ""))
         self._here(where, tensor, out)
         dim = _dimension(where, tensor, dim)
         given = tensor.resolve_conj().resolve_neg().contiguous()
@@ -157,6 +165,11 @@ class CudaCommunicator:
         ``all_reduce`` is followed by a kernel for the norm.
         """
         where = "all_reduce_rms_norm"
+        if is_compiling():
+            norm, total = torch.ops.detinfer.all_reduce_rms_norm(
+                x, residual, weight, self.key, eps, mode, weight_mode, order, path or ""
+            )
+            return torch_ops.into(out, norm), torch_ops.into(residual_out, total)
         self._here(where, x, residual, weight, residual_out)
         if mode not in MODES or weight_mode not in WEIGHT_MODES:
             raise UsageError(
