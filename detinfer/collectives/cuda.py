@@ -23,7 +23,7 @@ from detinfer.collectives import cuda_native as gpu
 from detinfer.collectives import torch_ops
 from detinfer.collectives.calls import MODES, OPS, ORDERS, WEIGHT_MODES, Order, ReduceOp
 from detinfer.collectives.cuda_paths import Paths, chosen, cut, shipped
-from detinfer.errors import InfrastructureError, PeerError, RankMismatch, UsageError
+from detinfer.errors import InfrastructureError, NativeError, PeerError, RankMismatch, UsageError
 from detinfer.reference.rows import ResidualMode, WeightMode
 
 MOST_RANKS = 8
@@ -273,6 +273,10 @@ class CudaCommunicator:
             call.weight_dtype = -1 if weight is None else native.DTYPES[weight]
         return call, ctypes.byref(call)
 
+    def barrier(self) -> None:
+        """What follows on the current stream runs once all ranks' streams have come this far; the host does not wait."""
+        self.all_gather(torch.empty(1, dtype=torch.uint8, device=self.device))
+
     def check(self) -> None:
         """Raise what has failed on the device so far; does not wait for what is still running."""
         with self._lock:
@@ -349,43 +353,63 @@ def connect(
     if not 2 <= size <= MOST_RANKS:
         raise UsageError(f"connect: {size} ranks; there can be 2 to {MOST_RANKS} GPUs")
     where = torch.device("cuda", torch.cuda.current_device()) if device is None else _device(device)
-    if geometry is None or paths is None:
-        tuned = chosen(torch.cuda.get_device_name(where), size)
-        geometry, paths = geometry or tuned.geometry, paths or tuned.paths
-    paths = paths.within(geometry)
-    config = geometry.config(rank, size, timeout)
     with torch.cuda.device(where):
-        own = gpu.create_buffer(config)
-        mine = {
-            "host": _host(),
-            "gpu": str(torch.cuda.get_device_properties(where).uuid),
-            "geometry": repr((geometry, paths)),
-            "handle": gpu.handle_of(own),
-        }
-        everyone: list[Any] = [None] * size
-        dist.all_gather_object(everyone, mine, group=group)
-        opened: list[int] = []
+        # A rank that cannot go on says so in what it sends: the others would wait for it.
+        mine: dict[str, Any] = {"host": _host()}
+        own, problem, opened = 0, None, []
         try:
-            _agree(rank, where.index, everyone)
-            buffers = [own] * size
-            for peer in range(size):
-                if peer != rank:
-                    buffers[peer] = gpu.open_handle(everyone[peer]["handle"])
-                    opened.append(buffers[peer])
-            comm = gpu.create(config, buffers)
-            problem = None
+            if geometry is None or paths is None:
+                tuned = chosen(torch.cuda.get_device_name(where), size)
+                geometry, paths = geometry or tuned.geometry, paths or tuned.paths
+            paths = paths.within(geometry)
+            config = geometry.config(rank, size, timeout)
+            own = gpu.create_buffer(config)
+            mine["gpu"] = str(torch.cuda.get_device_properties(where).uuid)
+            mine |= {"geometry": repr((geometry, paths)), "handle": gpu.handle_of(own)}
         except Exception as error:
             problem = error
-        told: list[Any] = [None] * size  # also: nobody calls before all have loaded their kernels
-        dist.all_gather_object(told, None if problem is None else f"rank {rank}: {problem}", group=group)
-        if any(told):
+        everyone: list[Any] = _told(group, size, {**mine, "problem": problem and str(problem)})
+        wrong = {peer: theirs["problem"] for peer, theirs in enumerate(everyone) if theirs["problem"]}
+        if not wrong:
+            try:
+                _agree(rank, where.index, everyone)
+                buffers = [own] * size
+                for peer in range(size):
+                    if peer != rank:
+                        buffers[peer] = _opened(rank, peer, everyone[peer])
+                        opened.append(buffers[peer])
+                comm = gpu.create(config, buffers)
+            except Exception as error:
+                problem = error
+            # Also: nobody calls before all have loaded their kernels.
+            answers = _told(group, size, problem and str(problem))
+            wrong = {peer: text for peer, text in enumerate(answers) if text}
+        if wrong:
             for address in opened:
                 gpu.close_handle(address)
-            gpu.free_buffer(own)
+            if own:
+                gpu.free_buffer(own)
             if problem is not None:
                 raise problem
-            raise InfrastructureError("connect: " + "; ".join(text for text in told if text))
+            raise InfrastructureError("connect: " + "; ".join(f"rank {peer}: {text}" for peer, text in wrong.items()))
+    assert paths is not None
     return CudaCommunicator(comm, config, where, paths, opened, own)
+
+
+def _told(group: dist.ProcessGroup | None, size: int, mine: Any) -> list[Any]:
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _opened(rank: int, peer: int, theirs: dict[str, Any]) -> int:
+    try:
+        return gpu.open_handle(theirs["handle"])
+    except NativeError as error:
+        raise UsageError(
+            f"connect: rank {rank} cannot open the memory of rank {peer} on GPU {theirs['gpu']}: {error}. Both GPUs have to "
+            "be visible to both processes and reach each other (peer access)"
+        ) from None
 
 
 def connect_here(

@@ -22,8 +22,10 @@ _SCHEMAS = (
     "all_reduce(Tensor x, int ranks, str op, str order, str path) -> Tensor",
     "reduce_scatter(Tensor x, int ranks, int dim, str op, str order, str path) -> Tensor",
     "all_gather(Tensor x, int ranks, int dim, str path) -> Tensor",
-    "all_reduce_rms_norm(Tensor x, Tensor residual, Tensor? weight, int ranks, float eps, str mode, str weight_mode, "
-    "str order, str path) -> (Tensor, Tensor)",
+    (
+        "all_reduce_rms_norm(Tensor x, Tensor residual, Tensor? weight, int ranks, float eps, str mode, "
+        "str weight_mode, str order, str path) -> (Tensor, Tensor)"
+    ),
 )
 
 
@@ -34,7 +36,7 @@ def register(communicator: object) -> int:
     return number
 
 
-def into(out: torch.Tensor | None, result: Any) -> Any:
+def into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
     """``result``, or ``out`` with its values; UsageError where ``out`` is of another shape or dtype."""
     if out is None:
         return result
@@ -115,8 +117,9 @@ def _two(
 
 
 def _define() -> None:
-    kernels = (_all_reduce, _reduce_scatter, _all_gather, _all_reduce_rms_norm)
-    for schema, kernel, fake in zip(_SCHEMAS, kernels, (_like, _slice, _whole, _two), strict=True):
+    kernels: tuple[Any, ...] = (_all_reduce, _reduce_scatter, _all_gather, _all_reduce_rms_norm)
+    fakes: tuple[Any, ...] = (_like, _slice, _whole, _two)
+    for schema, kernel, fake in zip(_SCHEMAS, kernels, fakes, strict=True):
         name = schema.partition("(")[0]
         _library.define(schema)
         _library.impl(name, kernel, "CompositeExplicitAutograd")

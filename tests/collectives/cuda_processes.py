@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from detinfer.collectives.cuda import connect
+from detinfer.collectives.cuda_native import Geometry
+from detinfer.collectives.cuda_paths import VARIABLE
+from detinfer.collectives.stress import cancelling
 from detinfer.errors import DetinferError
+from detinfer.reference.all_gather import all_gather
+from detinfer.reference.all_reduce import all_reduce
+from detinfer.reference.all_reduce_rms_norm import all_reduce_rms_norm
+from detinfer.reference.reduce_scatter import reduce_scatter
 
 
 def two_communicators() -> list[bool]:
@@ -47,6 +57,94 @@ def absent() -> tuple[str, float] | None:
             assert bool(out.isnan().all())
     comm.close()
     return found
+
+
+def exits(rank: int, size: int, store: str, queue: Any) -> None:
+    """A process of a group whose last rank ends without a word after a few calls; what the others are told."""
+    torch.cuda.set_device(rank)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    comm = connect(timeout=2.0)
+    x = torch.ones(4096, device="cuda")
+    for _ in range(3):
+        comm.all_reduce(x)
+    torch.cuda.synchronize()
+    dist.barrier()
+    if rank == size - 1:
+        os._exit(0)
+    time.sleep(1.0)
+    comm.all_reduce(x)
+    torch.cuda.synchronize()
+    queue.put(_error(comm.check))
+
+
+def refused() -> list[str]:
+    """Rank 1 has a table that cannot be read, then another geometry, then a tensor of another GPU; what each is told."""
+    found = []
+    rank = dist.get_rank()
+    if rank == 1:
+        os.environ[VARIABLE] = "/nowhere/table.json"
+    found.append(_error(connect))
+    os.environ.pop(VARIABLE, None)
+    found.append(_error(lambda: connect(geometry=Geometry(tile_channels=8 + rank))))
+    with connect(timeout=10.0) as comm:
+        elsewhere = torch.ones(8, device=f"cuda:{(rank + 1) % comm.size}")
+        found.append(_error(lambda: comm.all_reduce(elsewhere)))
+        found.append(_error(lambda: comm.all_gather(elsewhere)))
+        assert float(comm.all_reduce(torch.ones(1, device="cuda"))) == comm.size  # and it works still
+    return found
+
+
+def _error(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except DetinferError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def told(rank: int) -> list[str]:
+    """What ``rank`` is told in ``refused``, for the parent, which hears rank 0."""
+    mine = refused()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return list(everyone[rank])
+
+
+def in_graphs() -> list[int]:
+    """torch.compile with Inductor's CUDA graphs, five calls with inputs of their own; elements with other bytes."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    parts = [part.reshape(64, 256) for part in cancelling(ranks, 64 * 256, "bfloat16")]
+    residual = parts[-1]
+    norm, total = all_reduce_rms_norm(parts, residual, None, 1e-6, "bfloat16")
+    expected = [
+        all_reduce(parts, "bfloat16"),
+        reduce_scatter(parts, rank, "bfloat16"),
+        all_gather(parts, 1),
+        norm,
+        total,
+    ]
+    wanted = [torch.from_numpy(each.view(np.int16)).cuda() for each in expected]
+    x, r = (torch.from_numpy(bits.view(np.int16)).cuda().view(torch.bfloat16) for bits in (parts[rank], residual))
+    wrong = []
+    with connect(timeout=120.0) as comm:
+
+        def step(x: torch.Tensor, r: torch.Tensor) -> list[torch.Tensor]:
+            x = x.neg().neg()
+            return [
+                comm.all_reduce(x),
+                comm.reduce_scatter(x),
+                comm.all_gather(x, dim=1),
+                *comm.all_reduce_rms_norm(x, r, None, 1e-6),
+            ]
+
+        compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+        for _ in range(5):
+            torch.compiler.cudagraph_mark_step_begin()
+            found = [each.clone() for each in compiled(x.clone(), r)]
+            torch.cuda.synchronize()
+            comm.check()
+            wrong.append(sum(int((a.view(torch.int16) != b).sum()) for a, b in zip(found, wanted, strict=True)))
+    return wrong
 
 
 def compiled() -> tuple[bool, Any]:

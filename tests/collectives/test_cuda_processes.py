@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from pathlib import Path
+
 import pytest
 import torch
-from cuda_processes import absent, compiled, two_communicators
+from cuda_processes import absent, compiled, exits, in_graphs, told, two_communicators
 from cuda_stress import SHAPES, work
 
 from detinfer.bench import cuda_timing
@@ -37,3 +40,39 @@ def test_absent_rank() -> None:
 def test_expandable_segments() -> None:
     """The communicator's memory is its own, whatever torch's allocator does."""
     assert cuda_timing.run(2, compiled, limit_s=100.0) == (True, torch.Size([5000]))
+
+
+def test_a_rank_that_exits(tmp_path: Path) -> None:
+    """Its process ends; the others' next call ends within the time limit and names it."""
+    size = min(torch.cuda.device_count(), 4)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    store = f"file://{tmp_path}/store"
+    processes = [context.Process(target=exits, args=(rank, size, store, queue)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    try:
+        for _ in range(size - 1):
+            message = queue.get(timeout=60)
+            assert message.startswith("PeerError: rank ")
+            assert f"waited 2 s for rank {size - 1} in all_reduce of 4096 x float32" in message
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def test_what_cannot_be_joined() -> None:
+    """A rank with a wrong table, another geometry, a tensor of another GPU: every rank has an error, none waits."""
+    first, second = (cuda_timing.run(2, told, rank, limit_s=100.0) for rank in (0, 1))
+    assert first[0].startswith("InfrastructureError: connect: rank 1: table of paths /nowhere/table.json")
+    assert second[0].startswith("UsageError: table of paths /nowhere/table.json")
+    for rank, found in enumerate((first, second)):
+        assert "has geometry or paths" in found[1]
+        for line in found[2:]:
+            assert f"a tensor is on cuda:{1 - rank}; the communicator of rank {rank} on cuda:{rank}" in line
+
+
+def test_compiled_with_graphs() -> None:
+    """torch.compile keeps the collectives in one graph, which Inductor captures as a CUDA graph and replays."""
+    assert cuda_timing.run(2, in_graphs, limit_s=200.0) == [0] * 5

@@ -93,6 +93,41 @@ def test_other_calls_are_seen(path: str) -> None:
         here.close()
 
 
+OTHERS: dict[str, Any] = {
+    "dtype": lambda c, x: c.all_reduce(x.half() if c.rank == 2 else x, path="push"),
+    "op": lambda c, x: c.all_reduce(x, op="max" if c.rank == 2 else "sum", path="push"),
+    "path": lambda c, x: c.all_reduce(x, path="two_shot@2x512" if c.rank == 2 else "two_shot@3x512"),
+    "collective": lambda c, x: (
+        c.all_gather(x, path="push_tiles") if c.rank == 2 else c.all_reduce(x, path="push_tiles")
+    ),
+    "eps": lambda c, x: c.all_reduce_rms_norm(x, x, None, 1e-5 if c.rank == 2 else 1e-6, path="push"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_one_of_four_calls_something_else(what: str) -> None:
+    """The ranks that agree name the one that does not, within the time limit; what they hold is NaN, not a sum."""
+    here = Here(4, timeout=1.0)
+    x = torch.ones(16, 64, dtype=torch.bfloat16, device="cuda")
+    x.half()  # loads the kernel before anything spins
+    torch.cuda.synchronize()
+    found: list[Any] = []
+    for rank, stream in zip(here.ranks, here.streams, strict=True):
+        with torch.cuda.stream(stream):
+            found.append(OTHERS[what](rank, x))
+    torch.cuda.synchronize()
+    for rank in (0, 1, 3):
+        with pytest.raises((RankMismatch, PeerError), match=rf"rank {rank} |than rank {rank}") as caught:
+            here.ranks[rank].check()
+        assert "rank 2" in str(caught.value)
+        for each in found[rank] if isinstance(found[rank], tuple) else (found[rank],):
+            assert bool(each.isnan().any())
+            assert not bool((each == 4).any())
+    with pytest.raises((RankMismatch, PeerError)):
+        here.ranks[2].check()
+    here.close()
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_absent_rank_is_named(path: str) -> None:
     """A rank that never calls ends the others' wait after the time limit, and is named; nothing hangs."""

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from detinfer import bits, native
-from detinfer.collectives import PATHS, Communicator, connect
-from detinfer.collectives.communicator import STAGING
+from detinfer.collectives.communicator import PATHS, STAGING, Communicator, connect
 from detinfer.collectives.launch import WAIT, Left, Place, launch, place
 from detinfer.errors import DetinferError, InfrastructureError, UnsupportedDtype, UsageError
 from detinfer.goldens.vectors import file
