@@ -19,7 +19,6 @@ GOLDENS = Path(__file__).parents[2] / "goldens"
 PATHS = {
     "all_reduce": ("push", "push_tiles", "pull", "two_shot", "two_shot@3x512"),
     "reduce_scatter": ("push", "two_shot"),
-    "all_reduce_rms_norm": ("push", "push_tiles", "pull", "two_shot"),
 }
 
 
