@@ -4,6 +4,8 @@ DetinferError                 3  internal, unless a subclass says otherwise
 ├── UsageError                2  the call cannot be understood: an option, a name, a value
 │   ├── TargetError           2  the target to record or verify cannot be loaded or run
 │   ├── UnsupportedDtype      2  a dtype that the contract has no order for
+│   ├── DoubleReduceError     2  a layer's sum over ranks would be reduced twice
+│   ├── UnreducedError        2  a rank's part of a sum is used as if it were the sum
 │   └── RankMismatch          2  the ranks of a group called a collective with different arguments
 ├── Diverged                  1  bits differ
 ├── GoldenError               4  a golden is missing, corrupt, stale or of another model
@@ -46,6 +48,14 @@ class TargetError(UsageError):
 
 class UnsupportedDtype(UsageError):
     """A dtype that the contract has no order for."""
+
+
+class DoubleReduceError(UsageError):
+    """A layer's sum over ranks is reduced already and would be reduced once more; the message names the layer."""
+
+
+class UnreducedError(UsageError):
+    """A rank's part of a sum over ranks is used as if it were the sum; the message names the layer."""
 
 
 class RankMismatch(UsageError):

@@ -140,6 +140,17 @@ def _tune(ranks: int, path: Path | None, table: Path | None) -> None:
 
 
 @bench.command()
+@click.option("--ranks", default=2, show_default=True, help="Processes of this host.")
+@click.option("--rows", default=8, show_default=True, help="Prompts of 128 tokens in a prefill.")
+@click.option("--repeats", default=9, show_default=True, help="Passes of each way, in turn.")
+def moe(ranks: int, rows: int, repeats: int) -> None:
+    """builtin:moe's sums over ranks, separate, merged, carried into the next norm, scattered: calls and prefill time."""
+    from detinfer.bench import moe as benchmark
+
+    Console().print(benchmark.table(benchmark.run(ranks, rows, repeats)))
+
+
+@bench.command()
 @click.option("--rows", default="", help="Rows of the input, with commas between them; 1 to 8192 unless given.")
 @click.option("--repeats", default=9, show_default=True, help="Replays of each graph.")
 def compute(rows: str, repeats: int) -> None:

@@ -31,9 +31,9 @@ def dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def policy(scope: str | None, allow: tuple[str, ...]) -> Policy:
-    """The policy of ``--policy`` and ``--allow``; what they do not say is the project's."""
-    return configured(scope=scope, allow=allow or None)[0]
+def policy(scope: str | None, allow: tuple[str, ...], reductions: str | None = None) -> Policy:
+    """The policy of ``--policy``, ``--allow`` and ``--reductions``; what they do not say is the project's."""
+    return configured(scope=scope, allow=allow or None, reductions=reductions)[0]
 
 
 def command_line(drop: tuple[str, ...], flags: tuple[str, ...] = ()) -> str:
@@ -55,6 +55,11 @@ allow_option = click.option(
     multiple=True,
     metavar="OP",
     help="Let aten::name.overload run on torch's own path, unproved. Repeatable.",
+)
+reductions_option = click.option(
+    "--reductions",
+    type=click.Choice(["merged", "separate"]),
+    help="Sums over ranks of a mixture-of-experts layer: one for all, or one each [default: merged, or as recorded].",
 )
 tp_option = click.option(
     "--tp", type=int, metavar="N", help="Ranks to cut the model over, started here [default: 1, or torchrun's]."

@@ -33,6 +33,7 @@ from detinfer.cli import options, ranks, vectors
 @options.tp_option
 @options.policy_option
 @options.allow_option
+@options.reductions_option
 @click.option(
     "--seed", default=0, show_default=True, help="Seed of generated token ids and of a factory that takes one."
 )
@@ -54,6 +55,7 @@ def record(
     tp: int | None,
     scope: str | None,
     allow: tuple[str, ...],
+    reductions: str | None,
     seed: int,
     reason: str,
     force: bool,
@@ -81,9 +83,9 @@ def record(
     from detinfer.goldens.record import record as record_golden
 
     console = Console(stderr=True, highlight=False, quiet=ranks.number() > 0)
-    policy = options.policy(scope, allow)
+    policy = options.policy(scope, allow, reductions)
     with console.status("loading") as status, ranks.joined(size) as everyone:
-        loaded = targets.load(target, options.dtype(dtype_name), seed, everyone, where)
+        loaded = targets.load(target, options.dtype(dtype_name), seed, everyone, where, policy.reductions)
         requests, inputs = prepare(
             loaded, prompts, count=n_prompts, length=length, decode_steps=decode_steps, seed=seed
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from detinfer.cli import options, ranks, vectors
 from detinfer.errors import UsageError
+from detinfer.policy.policy import Reductions
 
 
 def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
@@ -41,6 +43,7 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
 @click.option("--target", "spec", metavar="TARGET", help="Where the model is now [default: where it was recorded].")
 @options.device_option
 @click.option("--tp", type=int, metavar="N", help="Ranks [default: as recorded; of vectors, all].")
+@options.reductions_option
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON.")
 @click.pass_context
 def verify(
@@ -57,6 +60,7 @@ def verify(
     spec: str | None,
     device: str | None,
     tp: int | None,
+    reductions: Reductions | None,
     json_file: Path | None,
 ) -> None:
     """Replay every recorded layer and the whole model of GOLDEN in batches, and compare the bytes of every row.
@@ -94,9 +98,11 @@ def verify(
             everyone = stack.enter_context(ranks.joined(size))
             status.update("loading the model")
             dtype = options.dtype(recorded["dtype"])
+            policy = policy_of(held)
+            policy = replace(policy, reductions=reductions or policy.reductions)
             seed_then = held.manifest.inputs["seed"]
-            target = targets.load(spec or recorded["spec"], dtype, seed_then, everyone, where)
-            check_target(held, target)
+            target = targets.load(spec or recorded["spec"], dtype, seed_then, everyone, where, policy.reductions)
+            check_target(held, target, policy)
             requests = requests_of(held, target, prepare_again(target))
         columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as bar:
@@ -105,7 +111,7 @@ def verify(
             def progress(part: str, done: int, total: int) -> None:
                 bar.update(task, description=part, completed=done, total=total)
 
-            result = verify_golden(held, target, requests, policy_of(held), chosen, progress, everyone)
+            result = verify_golden(held, target, requests, policy, chosen, progress, everyone)
         if everyone.rank == 0:
             if json_file is not None:
                 json_reporter.write(result, json_file)

@@ -115,7 +115,8 @@ class Walk:
 
     def __post_init__(self) -> None:
         self.model = Model(self.target, self.requests) if self.target.kind == "causal_lm" else None
-        self._expected = schedules.expected(self.alone, self.requests) if self.model else []
+        # With layers picked the whole model is left out, and there is nothing to hold an axis against.
+        self._expected = schedules.expected(self.alone, self.requests) if self.model and self.alone else []
 
     def able(self, names: Sequence[str]) -> list[Axis]:
         """The axes among ``names`` that this model can be run along; the others' reasons go into ``results``."""

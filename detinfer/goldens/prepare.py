@@ -48,7 +48,8 @@ def prepare_again(target: Any) -> list[Request]:
 def policy_of(golden: Any) -> Policy:
     """The policy that a golden was recorded under."""
     held = golden.manifest.policy
-    return Policy(Guarantee(held["scope"], held["place"]), tuple(held["allow"]), held["uncovered"])
+    guarantee = Guarantee(held["scope"], held["place"])
+    return Policy(guarantee, tuple(held["allow"]), held["uncovered"], held.get("reductions", "merged"))
 
 
 def _digest(entry: dict[str, Any]) -> str:

@@ -81,8 +81,12 @@ class Options:
         return " ".join(parts)
 
 
-def check_target(golden: Golden, target: Any) -> None:
-    """GoldenError unless the target is the model that the golden was recorded from."""
+def check_target(golden: Golden, target: Any, policy: Policy | None = None) -> None:
+    """GoldenError unless the target is the model that the golden was recorded from.
+
+    Under a ``policy`` of other reductions its layers are joined otherwise, of the same weights: the golden is stale then.
+    """
+    other = policy is not None and policy.reductions != _reductions(golden.manifest)
     recorded = golden.manifest.target
     dtype = str(target.dtype).removeprefix("torch.")
     for what, now in (
@@ -91,7 +95,7 @@ def check_target(golden: Golden, target: Any) -> None:
         ("config_digest", target.config_digest),
         ("weights_digest", target.weights_digest),
     ):
-        if recorded[what] != now:
+        if recorded[what] != now and not (other and what == "config_digest"):
             raise GoldenError(
                 f"{golden.path}: a golden of another model: its {what.replace('_', ' ')} is {recorded[what]}, that of "
                 f"{target.spec} is {now}. Verify the model that it was recorded from, or record this one"
@@ -131,6 +135,9 @@ def verify(
     matches = pattern(options.layers).search
     own = [unit for unit in manifest.units if unit.get("rank", 0) == ranks.rank]
     chosen = [unit for unit in own if matches(unit["name"]) is not None]
+    if _reductions(manifest) != policy.reductions:  # stale, and some layers are others: judge those that are here
+        here = {name for name, _ in target.module.named_modules()}
+        chosen = [unit for unit in chosen if unit["kind"] == "attention" or unit["name"] in here]
     if options.layers is not None and not chosen:
         raise UsageError(f"--layers {options.layers!r} matches none of the golden's {len(own)} units")
     units = replays(target.module, chosen)
@@ -179,7 +186,7 @@ def verify(
     found = sweep.found
     swept = axes.swept(options.axes, trials, found.rows_compared, found.rows_differing, found.batches)
     result.invariance = _invariance(sweep, trials, chosen, sensitivity, order_free, [*swept, *walk.results.values()])
-    result.golden = _staleness(result.golden, manifest, target, result.decisions)
+    result.golden = _staleness(result.golden, manifest, target, result.decisions, policy)
 
     if options.control:
         control = Sweep(target, requests, units, whole, redo)
@@ -427,8 +434,20 @@ def _invariance(
     return invariance
 
 
-def _staleness(found: Comparison, manifest: Any, target: Any, decisions: Sequence[dict[str, Any]]) -> Comparison:
-    """A golden is judged where the environment is the recorded one, or every operation is portable."""
+def _reductions(manifest: Any) -> str:
+    return str(manifest.policy.get("reductions", "merged"))
+
+
+def _staleness(
+    found: Comparison, manifest: Any, target: Any, decisions: Sequence[dict[str, Any]], policy: Policy
+) -> Comparison:
+    """A golden is judged where the environment is the recorded one, or every operation is portable, and where a
+    mixture of experts is added over ranks as it was."""
+    if (then_added := _reductions(manifest)) != policy.reductions:
+        found.verdict, found.first = "stale", None
+        how = f"recorded with {then_added} reductions of mixture-of-experts layers, verified with {policy.reductions} ones"
+        found.reasons = [f"{how}, which round in other places: verify with the recorded ones, or record again"]
+        return found
     then = environment.Environment.from_json(manifest.environment)
     now = environment.capture(native.isa(), target.libraries, device_of(target.module))
     found.stale = [(name, str(a), str(b)) for name, a, b in environment.differences(then, now)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,9 @@ from torch import nn
 from detinfer.errors import TargetError
 from detinfer.models import rope
 from detinfer.models.cache import KVCache
+from detinfer.models.layer_communicator import LayerCommunicator, Stream
 from detinfer.models.parallel import AllReduce, ColumnParallel, Head, RowParallel
+from detinfer.models.partial import PartialSum
 
 
 class Attention(nn.Module):
@@ -26,17 +28,20 @@ class Attention(nn.Module):
         groups: list[int],
         projections: tuple[ColumnParallel, ColumnParallel, ColumnParallel, RowParallel],
         all_reduce: AllReduce,
+        reduce_results: bool = True,
     ) -> None:
         super().__init__()
         self.layer_idx, self.width = layer_idx, width
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections
-        self.all_reduce = all_reduce
+        self.all_reduce, self.reduce_results = all_reduce, reduce_results
         self.register_buffer("groups", torch.tensor(groups), persistent=False)
 
     def extra_repr(self) -> str:
         return f"{len(self.groups)} heads of width {self.width}"
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache
+    ) -> torch.Tensor | PartialSum:
         q, k, v = (part(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for part in self._in())
         k, v = cache.update(self.layer_idx, rope.rotate(k, cos, sin), v)
         queries, keys = q.shape[2], k.shape[2]
@@ -47,8 +52,7 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(
             rope.rotate(q, cos, sin), k[:, self.groups], v[:, self.groups], attn_mask=mask, is_causal=queries == keys
         )
-        joined: torch.Tensor = self.all_reduce(self.o_proj(out.transpose(1, 2).flatten(2)))
-        return joined
+        return self.all_reduce.results(self.o_proj(out.transpose(1, 2).flatten(2)), self.reduce_results)
 
     def _in(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.q_proj, self.k_proj, self.v_proj
@@ -57,29 +61,56 @@ class Attention(nn.Module):
 class Dense(nn.Module):
     """A gated feed-forward layer: [B, S, hidden] to the same, summed over ranks."""
 
-    def __init__(self, gate: ColumnParallel, up: ColumnParallel, down: RowParallel, all_reduce: AllReduce) -> None:
+    def __init__(
+        self,
+        gate: ColumnParallel,
+        up: ColumnParallel,
+        down: RowParallel,
+        all_reduce: AllReduce,
+        reduce_results: bool = True,
+    ) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate, up, down
         self.activation = nn.SiLU()
-        self.all_reduce = all_reduce
+        self.all_reduce, self.reduce_results = all_reduce, reduce_results
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        joined: torch.Tensor = self.all_reduce(self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)))
-        return joined
+    def forward(self, x: torch.Tensor) -> torch.Tensor | PartialSum:
+        out: torch.Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.all_reduce.results(out, self.reduce_results)
 
 
 class Layer(nn.Module):
-    """RMSNorm and attention, RMSNorm and feed-forward, each added to the residual."""
+    """RMSNorm and attention, RMSNorm and feed-forward, each added to the residual.
 
-    def __init__(self, attention: Attention, feed_forward: nn.Module, norms: tuple[nn.RMSNorm, nn.RMSNorm]) -> None:
+    With a ``communicator`` it takes and gives a Stream, and its attention and feed-forward give parts of sums.
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        feed_forward: nn.Module,
+        norms: tuple[nn.RMSNorm, nn.RMSNorm],
+        communicator: LayerCommunicator | None = None,
+    ) -> None:
         super().__init__()
+        self.communicator = communicator
         self.attention_norm, self.feed_forward_norm = norms
         self.self_attn, self.feed_forward = attention, feed_forward
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def forward(self, x: Any, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache) -> Any:
+        if self.communicator is not None:
+            return self._communicated(self.communicator, x, cos, sin, cache)
         x = x + self.self_attn(self.attention_norm(x), cos, sin, cache)
-        out: torch.Tensor = x + self.feed_forward(self.feed_forward_norm(x))
-        return out
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+    def _communicated(
+        self, between: LayerCommunicator, x: Stream | torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache
+    ) -> Stream:
+        hidden, stream = between.prepare_attention(x, self.attention_norm)
+        hidden, stream = between.prepare_feed_forward(
+            self.self_attn(hidden, cos, sin, cache), stream, self.feed_forward_norm
+        )
+        return between.finish(self.feed_forward(hidden), stream)
 
 
 class Output(NamedTuple):
@@ -118,4 +149,6 @@ class Decoder(nn.Module):
         x = self.embedding(input_ids)
         for layer in self.layers:
             x = layer(x, self.cos[start:end], self.sin[start:end], cache)
+        if isinstance(x, Stream):
+            x = x.whole()
         return Output(self.head(self.norm(x)), cache)

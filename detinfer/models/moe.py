@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from detinfer.errors import UsageError
 from detinfer.models.parallel import AllReduce, Product, RowParallel
+from detinfer.models.partial import PartialSum
 
 
 class TopK(nn.Module):
@@ -52,9 +54,12 @@ class Experts(nn.Module):
         return f"{experts} experts, {hidden} -> {inner} -> {hidden}"
 
     def forward(
-        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, shared: torch.Tensor
+        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, shared: torch.Tensor | None
     ) -> torch.Tensor:
-        """[B, S, hidden], [B, S, k], [B, S, k], fp32 [B, S, hidden] to [B, S, hidden] of the dtype of ``x``."""
+        """[B, S, hidden], [B, S, k], [B, S, k], fp32 [B, S, hidden] to [B, S, hidden] of the dtype of ``x``.
+
+        Without ``shared``, which then has a sum over ranks of its own, the experts' outputs alone.
+        """
         tokens, k = x.flatten(0, -2), weights.shape[-1]
         chosen = experts.flatten(0, -2)
         outputs = torch.empty((k, *tokens.shape), dtype=torch.float32)
@@ -66,7 +71,9 @@ class Experts(nn.Module):
         acc = share[:, 0] * outputs[0]
         for rank in range(1, k):
             acc = acc + share[:, rank] * outputs[rank]
-        return (acc + shared.flatten(0, -2)).to(x.dtype).view(x.shape)
+        if shared is not None:
+            acc = acc + shared.flatten(0, -2)
+        return acc.to(x.dtype).view(x.shape)
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         inner = F.silu(F.linear(x, self.gate[expert])) * F.linear(x, self.up[expert])
@@ -74,7 +81,12 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router, experts and a shared expert that every token takes: [B, S, hidden] to the same, summed over ranks."""
+    """Router, experts and a shared expert that every token takes: [B, S, hidden] to the same, summed over ranks.
+
+    Merged, the shared expert's part joins the experts' before the one sum over ranks; where it is given an
+    ``all_reduce`` of its own (``shared_all_reduce``) the sums are separate, and rounded one by one. Without
+    ``reduce_results`` the merged part is returned, for a layer communicator to add.
+    """
 
     def __init__(
         self,
@@ -83,15 +95,23 @@ class MoE(nn.Module):
         experts: Experts,
         shared: tuple[Product, Product, RowParallel],
         all_reduce: AllReduce,
+        shared_all_reduce: AllReduce | None = None,
+        reduce_results: bool = True,
     ) -> None:
         super().__init__()
+        if shared_all_reduce is not None and not reduce_results:
+            raise UsageError(f"{all_reduce.layer}: separate reductions are the layer's own: they cannot be put off")
         self.router, self.top_k, self.experts = router, TopK(k), experts
         self.shared_gate, self.shared_up, self.shared_down = shared
         self.activation = nn.SiLU()
-        self.all_reduce = all_reduce
+        self.all_reduce, self.reduce_results = all_reduce, reduce_results
+        self.shared_all_reduce = shared_all_reduce
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | PartialSum:
         weights, experts = self.top_k(self.router(x))
         shared = self.shared_down(self.activation(self.shared_gate(x)) * self.shared_up(x))
-        joined: torch.Tensor = self.all_reduce(self.experts(x, weights, experts, shared))
-        return joined
+        if self.shared_all_reduce is not None:
+            alone: torch.Tensor = self.all_reduce(self.experts(x, weights, experts, None))
+            both: torch.Tensor = alone + self.shared_all_reduce(shared.to(x.dtype))
+            return both
+        return self.all_reduce.results(self.experts(x, weights, experts, shared), self.reduce_results)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from detinfer.models.partial import PartialSum
 from detinfer.models.ranks import Ranks
 
 
@@ -61,8 +62,22 @@ class AllReduce(nn.Module):
     def extra_repr(self) -> str:
         return f"{self._ranks.size} ranks"
 
-    def forward(self, partial: torch.Tensor) -> torch.Tensor:
+    @property
+    def layer(self) -> str:
+        """The layer whose sum it is."""
+        return self._name.removesuffix(".all_reduce")
+
+    def forward(self, partial: torch.Tensor | PartialSum) -> torch.Tensor:
+        if isinstance(partial, PartialSum):
+            partial = partial.take(self._name)
         return self._ranks.all_reduce(partial, self._name)
+
+    def results(self, partial: torch.Tensor, reduce_results: bool) -> torch.Tensor | PartialSum:
+        """The sum over ranks, or the part of it typed as a part, for a layer communicator to add."""
+        if not reduce_results:
+            return PartialSum(partial, self.layer)
+        joined: torch.Tensor = self(partial)
+        return joined
 
 
 class Head(nn.Module):

@@ -10,9 +10,9 @@ import torch
 
 from detinfer import bits
 from detinfer.collectives.communicator import Communicator
-from detinfer.errors import Diverged, RefusedError
+from detinfer.errors import Diverged, RefusedError, UsageError
 from detinfer.models.exchange import exchange
-from detinfer.models.ranks_proof import SUBJECT, prove
+from detinfer.models.ranks_proof import FUSED, SUBJECT, prove, prove_fused
 from detinfer.policy.decide import MOVES
 from detinfer.policy.policy import Accepted, Proof
 from detinfer.policy.refusals import message
@@ -47,6 +47,26 @@ class Ranks:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's ``x``, one after the other along the last dimension."""
         return x
+
+    def reduce_scatter_rows(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """This rank's rows of ``all_reduce``: the first dimension of ``x`` in as many equal parts as there are ranks."""
+        own: torch.Tensor = self.all_reduce(x, name).chunk(self.size)[self.rank]
+        return own
+
+    def gather_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's ``x``, one after the other along the first dimension."""
+        return x if self.size == 1 else self.all_gather(x.t().contiguous()).t().contiguous()
+
+    def all_reduce_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm, sum): ``all_reduce``, the residual's addition and RMSNorm in one call; where ``fused`` says so."""
+        raise UsageError("these ranks have no fused all_reduce + RMSNorm")
+
+    @property
+    def fused(self) -> bool:
+        """Whether there is ``all_reduce_rms_norm``."""
+        return False
 
     def sum_of(self, x: torch.Tensor) -> torch.Tensor:
         """``all_reduce`` of something that is no part of the model: nothing is noted."""
@@ -101,8 +121,37 @@ class Spread(Ranks):
 
     @bits.unseen
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        self._decisions.setdefault((GATHER, x.dtype), Accepted(GATHER, "csrc/collectives", MOVES, portable=True))
+        self._gathers(x)
         return self._communicator.all_gather(x, dim=-1)
+
+    @bits.unseen
+    def gather_rows(self, x: torch.Tensor) -> torch.Tensor:
+        self._gathers(x)
+        return self._communicator.all_gather(x)
+
+    @bits.unseen
+    def reduce_scatter_rows(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """By the kernel of all_reduce, whose proof stands for it: a slice of the same sum."""
+        if (SUBJECT, x.dtype) not in self._decisions:
+            self._prove(x.dtype)
+        self.reduced[x.dtype, x.shape[-1]] = None
+        return self._communicator.reduce_scatter(x)
+
+    @property
+    def fused(self) -> bool:
+        return True
+
+    @bits.unseen
+    def all_reduce_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if (FUSED, x.dtype) not in self._decisions:
+            self._prove_fused(x.dtype)
+        self.reduced[x.dtype, x.shape[-1]] = None
+        return self._communicator.all_reduce_rms_norm(x, residual, weight, eps, weight_mode="fp32")
+
+    def _gathers(self, x: torch.Tensor) -> None:
+        self._decisions.setdefault((GATHER, x.dtype), Accepted(GATHER, "csrc/collectives", MOVES, portable=True))
 
     def sum_of(self, x: torch.Tensor) -> torch.Tensor:
         return self._communicator.all_reduce(x)
@@ -120,6 +169,16 @@ class Spread(Ranks):
         )
         why = f"canonical order over {self.size} ranks: rank_order"
         self._decisions[SUBJECT, dtype] = Accepted(SUBJECT, "csrc/collectives", why, proof, portable=True)
+
+    def _prove_fused(self, dtype: torch.dtype) -> None:
+        try:
+            cases, results = prove_fused(self._communicator, dtype)
+        except Diverged as error:
+            raise RefusedError(message(FUSED, f"its proof failed on this machine: {error}")) from error
+        against = "detinfer.reference.all_reduce_rms_norm"
+        proof = Proof(f"{FUSED} {bits.dtype_name(dtype)}", against, cases, hashlib.sha256(results).hexdigest())
+        why = f"all_reduce over {self.size} ranks in rank order, then add + RMSNorm"
+        self._decisions[FUSED, dtype] = Accepted(FUSED, "csrc/collectives", why, proof, portable=True)
 
     def decisions(self) -> list[dict[str, Any]]:
         return [

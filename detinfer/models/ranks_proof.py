@@ -11,10 +11,11 @@ from detinfer.collectives.calls import PATHS
 from detinfer.collectives.communicator import Communicator
 from detinfer.ops.evidence import REFERENCE_NAME, WIDTHS, Evidence, from_bits
 from detinfer.reference.all_reduce import all_reduce
-from detinfer.reference.arithmetic import Bits
+from detinfer.reference.all_reduce_rms_norm import all_reduce_rms_norm as reference
+from detinfer.reference.arithmetic import Bits, load, store
 
-SUBJECT = "detinfer::all_reduce"
-"""The name of the operation in decisions."""
+SUBJECT, FUSED = "detinfer::all_reduce", "detinfer::all_reduce_rms_norm"
+"""The names of the operations in decisions."""
 
 
 def prove(ranks: Communicator, dtype: torch.dtype) -> tuple[int, bytes]:
@@ -37,4 +38,25 @@ def prove(ranks: Communicator, dtype: torch.dtype) -> tuple[int, bytes]:
         for path in PATHS["all_reduce"]:
             got = ranks.all_reduce(mine, path=path)
             evidence.expect(got, wanted, f"{where}, {size} ranks, rank {ranks.rank}, {path}")
+    return evidence.total()
+
+
+def prove_fused(ranks: Communicator, dtype: torch.dtype) -> tuple[int, bytes]:
+    """Compare all_reduce_rms_norm (mode R, weight mode fp32) with its reference on this rank, as ``prove`` does."""
+    native.dtype_code(dtype, FUSED)
+    evidence, name, size, eps = Evidence(FUSED, dtype), REFERENCE_NAME[dtype], ranks.size, 1e-5
+    rng = np.random.default_rng([size, 1])
+    for width in WIDTHS:
+        parts = patterns.cancellation(rng, size, (3, width), name)
+        residual, weight = (
+            store(rng.integers(-512, 512, shape).astype(np.float32) / np.float32(64), name)
+            for shape in ((3, width), (width,))
+        )
+        norm, total = reference(parts, residual, load(weight, name), eps, name, weight_mode="fp32")
+        mine = [from_bits(part, dtype) for part in (parts[ranks.rank], residual, weight)]
+        for path in PATHS["all_reduce_rms_norm"]:
+            got = ranks.all_reduce_rms_norm(mine[0], mine[1], mine[2], eps, weight_mode="fp32", path=path)
+            where = f"width {width}, {size} ranks, rank {ranks.rank}, {path}"
+            evidence.expect(got[0], from_bits(norm, dtype), f"{where}, the norm")
+            evidence.expect(got[1], from_bits(total, dtype), f"{where}, the sum")
     return evidence.total()

@@ -21,6 +21,7 @@ from torch import nn
 from detinfer import bits, native
 from detinfer.errors import TargetError, UnsupportedDtype
 from detinfer.models.ranks import ALONE, Ranks
+from detinfer.policy.policy import Reductions
 
 Kind = Literal["causal_lm", "module"]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -78,6 +79,7 @@ def load(
     seed: int = 0,
     ranks: Ranks = ALONE,
     device: torch.device | str = "cpu",
+    reductions: Reductions = "merged",
 ) -> Target:
     """Load a target, in eval mode, without gradients, and move it to ``device``.
 
@@ -86,15 +88,18 @@ def load(
     dtype without canonical orders.
 
     With ``ranks`` this process loads its share of the model, and all ranks load theirs at the same time, on CPU.
+    ``reductions`` says how a mixture of experts of the built-in models is added over ranks; no other target takes it.
     """
     check_ranks(spec, ranks.size)
+    if reductions != "merged" and not spec.startswith("builtin:"):
+        raise TargetError(f"target {spec}: its reductions are its own; {reductions} ones are those of builtin:moe")
     where = checked(device)
     if ranks.size > 1 and where.type != "cpu":
         raise TargetError(f"target {spec} on {where}: in this version a model over several ranks runs on CPU")
-    return _load(spec, dtype, seed, ranks).to(where)
+    return _load(spec, dtype, seed, ranks, reductions).to(where)
 
 
-def _load(spec: str, dtype: torch.dtype | None, seed: int, ranks: Ranks) -> Target:
+def _load(spec: str, dtype: torch.dtype | None, seed: int, ranks: Ranks, reductions: Reductions) -> Target:
     if dtype is not None:
         native.dtype_code(dtype, f"target {spec}")
     # Imported here: a module of the user's own needs none of transformers.
@@ -105,7 +110,8 @@ def _load(spec: str, dtype: torch.dtype | None, seed: int, ranks: Ranks) -> Targ
     if spec.startswith("builtin:"):
         from detinfer.models import builtin
 
-        module = builtin.build(spec.removeprefix("builtin:"), dtype or torch.float32, seed, ranks)
+        communication = builtin.Communication(reductions)
+        module = builtin.build(spec.removeprefix("builtin:"), dtype or torch.float32, seed, ranks, communication)
         return finish(spec, Loaded("causal_lm", module), ranks)
     if spec.startswith("hf:"):
         from detinfer.models import huggingface

@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
@@ -70,7 +71,7 @@ class deterministic:
         if not isinstance(policy, Policy):
             raise UsageError(f"deterministic({policy!r}): a Policy, or a scope: run, batch or tp")
         if uncovered is not None and uncovered != policy.uncovered:
-            policy = Policy(policy.guarantee, policy.allow, uncovered)
+            policy = replace(policy, uncovered=uncovered)
         if on_call is not None and policy.uncovered == "trust":
             raise UsageError("on_call needs uncovered='refuse': without tracing there is nothing to call it with")
         self._policy, self._on_call, self._families = policy, on_call, families

@@ -5,9 +5,10 @@
     place = "here"
     allow = ["aten::cumsum"]
     uncovered = "refuse"
+    reductions = "merged"
 
-The environment's names are ``DETINFER_SCOPE``, ``DETINFER_PLACE``, ``DETINFER_ALLOW`` (names separated by commas) and
-``DETINFER_UNCOVERED``. Each field is taken from the strongest place that gives it.
+The environment's names are ``DETINFER_SCOPE``, ``DETINFER_PLACE``, ``DETINFER_ALLOW`` (names separated by commas),
+``DETINFER_UNCOVERED`` and ``DETINFER_REDUCTIONS``. Each field is taken from the strongest place that gives it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ VARIABLES = {
     "place": "DETINFER_PLACE",
     "allow": "DETINFER_ALLOW",
     "uncovered": "DETINFER_UNCOVERED",
+    "reductions": "DETINFER_REDUCTIONS",
 }
 """The fields, and the variables that give them."""
 

@@ -17,6 +17,9 @@ Scope = Literal["run", "batch", "tp"]
 Place = Literal["here", "portable"]
 """... on machines with this environment; ... on every machine whose operations are marked portable."""
 
+Reductions = Literal["merged", "separate"]
+"""The sums over ranks of a mixture-of-experts layer: one for all that it adds, or one each."""
+
 COMPOSED_NORMS = "a norm that a model composes from pow, mean and rsqrt: each operation in its own order"
 """Nothing is replaced: such a norm's bits are not those of rms_norm, and goldens say so."""
 
@@ -93,23 +96,29 @@ class Policy:
     that is covered and proved runs on its covered path even when it is listed.
     ``uncovered`` says what happens to an operation that is neither covered nor allowed: ``refuse`` it, which needs
     a tracing pass over every call, or ``trust`` that a tracing pass was made before.
+    ``reductions`` says how a mixture-of-experts layer adds its parts over ranks: ``merged``, the experts' and the shared
+    expert's in one sum, or ``separate``, each in its own. They round in other places, so that a golden belongs to one.
     """
 
     guarantee: Guarantee = field(default_factory=Guarantee)
     allow: tuple[str, ...] = ()
     uncovered: Literal["refuse", "trust"] = "refuse"
+    reductions: Reductions = "merged"
 
     def __post_init__(self) -> None:
         if self.uncovered not in ("refuse", "trust"):
             raise UsageError(f"uncovered {self.uncovered!r}: one of refuse, trust")
+        if self.reductions not in ("merged", "separate"):
+            raise UsageError(f"reductions {self.reductions!r}: one of merged, separate")
         object.__setattr__(self, "allow", tuple(self.allow))
         for op in self.allow:
             if "::" not in op or op.endswith(".default"):
                 raise UsageError(f"allow {op!r}: write an operation as aten::name or aten::name.overload")
 
     def to_json(self) -> dict[str, Any]:
-        """The policy as plain JSON values."""
+        """The policy as plain JSON values; ``reductions`` is written where they are separate."""
         return {
+            **({} if self.reductions == "merged" else {"reductions": self.reductions}),
             "scope": self.guarantee.scope,
             "place": self.guarantee.place,
             "allow": list(self.allow),
