@@ -29,23 +29,17 @@ template <class T> __global__ void reference(const __grid_constant__ GpuMatmulAr
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 16, token = static_cast<int64_t>(blockIdx.y) * 8, batch = blockIdx.z;
   const uint16_t* const x = static_cast<const uint16_t*>(p.x) + batch * p.x_b;
   const uint16_t* const w = static_cast<const uint16_t*>(p.w) + batch * p.w_b;
-  float total[4], sums[4] = {};
-  for (int64_t first = 0; first < p.k || first == 0; first += p.leaf) {
-    for (int i = 0; i < 4; i++) sums[i] = 0.0f;
-    const int64_t end = first + p.leaf < p.k ? first + p.leaf : p.k;
-    for (int64_t k = first; k < end; k += 16) {
-      uint32_t a[4], b[2];
-      for (int i = 0; i < 4; i++)
-        a[i] = word_at(w, row + group + i % 2 * 8, p.n, p.w_n, k + pair + i / 2 * 8, p.k, p.w_k);
-      for (int i = 0; i < 2; i++) b[i] = word_at(x, token + group, p.m, p.x_m, k + pair + i * 8, p.k, p.x_k);
-      multiply_add<T>(sums, a, b[0], b[1]);
-    }
-    for (int i = 0; i < 4; i++) total[i] = first == 0 ? sums[i] : __fadd_rn(total[i], sums[i]);
-    if (p.k == 0) break;
+  float sums[4] = {};
+  for (int64_t k = 0; k < p.k; k += 16) {
+    uint32_t a[4], b[2];
+    for (int i = 0; i < 4; i++)
+      a[i] = word_at(w, row + group + i % 2 * 8, p.n, p.w_n, k + pair + i / 2 * 8, p.k, p.w_k);
+    for (int i = 0; i < 2; i++) b[i] = word_at(x, token + group, p.m, p.x_m, k + pair + i * 8, p.k, p.x_k);
+    multiply_add<T>(sums, a, b[0], b[1]);
   }
   for (int i = 0; i < 4; i++) {
     const int64_t n = row + sum_row(lane, i), m = token + sum_column(lane, i);
-    if (n < p.n && m < p.m) store_sum<T>(p, batch, m, n, total[i]);
+    if (n < p.n && m < p.m) store_sum<T>(p, batch, m, n, sums[i]);
   }
 }
 
@@ -89,33 +83,22 @@ template <class T, int RW, int TW, int NT, int S, int KC> int launch_skinny(cons
   const auto kernel = skinny<T, RW, TW, NT, S, KC>;
   static const Code ready = load_kernel(kernel, Shape::kSharedBytes);
   if (ready != kNoError) return checked_matmul(ready, "loading the kernel for few rows");
-  const int64_t leaves = (p.k + p.leaf - 1) / p.leaf;
-  if (leaves > 1 && p.leaf % KC != 0) return refuse_matmul(kBadArgument, "matmul: a leaf is no whole number of chunks");
   CUtensorMap weights, tokens;
   if (!describe<T>(&weights, p.w, p.n, p.k, p.w_n, Shape::kRows) || !describe<T>(&tokens, p.x, p.m, p.k, p.x_m, Shape::kTokens))
     return refuse_matmul(kNotSupported, "matmul: the driver describes no tensor of this shape and alignment to the memory accelerator");
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>((p.n + Shape::kRows - 1) / Shape::kRows * leaves),
-                        static_cast<unsigned>((p.m + Shape::kTokens - 1) / Shape::kTokens));
-  config.blockDim = dim3(Shape::kThreads);
-  config.dynamicSmemBytes = Shape::kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(leaves);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = leaves > 1 ? 1 : 0;
-  return checked_matmul(cudaLaunchKernelEx(&config, kernel, weights, tokens, p), "launching the kernel for few rows");
+  const dim3 blocks(static_cast<unsigned>((p.n + Shape::kRows - 1) / Shape::kRows),
+                    static_cast<unsigned>((p.m + Shape::kTokens - 1) / Shape::kTokens));
+  kernel<<<blocks, Shape::kThreads, Shape::kSharedBytes, stream>>>(weights, tokens, p);
+  return checked_matmul(last_error(), "launching the kernel for few rows");
 }
 
 // The shape of a block: measured on an H200 (docs/reference/benchmarks.md). No choice changes a bit.
 template <class T> int run_skinny(const GpuMatmulArgs& p, Stream stream) {
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   if (p.m > kSkinnyRows || p.batch != 1 || p.x_k != 1 || p.w_k != 1 || (p.m > 1 && p.x_m % 8 != 0) ||
-      (p.n > 1 && p.w_n % 8 != 0) || p.k % 8 != 0 || !aligned(p.x) || !aligned(p.w) || (p.k + p.leaf - 1) / p.leaf > kMostLeaves)
-    return refuse_matmul(kNotSupported, "matmul: the kernel for few rows takes at most 512 rows, no batches, at most 8 leaves, with k "
-                                 "contiguous and rows on 16-byte boundaries; the tile path takes any");
+      (p.n > 1 && p.w_n % 8 != 0) || p.k % 8 != 0 || !aligned(p.x) || !aligned(p.w))
+    return refuse_matmul(kNotSupported, "matmul: the kernel for few rows takes at most 512 rows, no batches, with k contiguous and "
+                                 "rows on 16-byte boundaries; the tile path takes any");
   static const int major = [] {
     int device = 0, found = 0;
     return cudaGetDevice(&device) == cudaSuccess &&
@@ -125,42 +108,41 @@ template <class T> int run_skinny(const GpuMatmulArgs& p, Stream stream) {
   }();
   if (major < 9) return refuse_matmul(kNotSupported, "matmul: the kernel for few rows needs compute capability 9.0 or newer");
   static const int sms = [] { int count = 0; return processors(&count) == kNoError ? count : 132; }();
-  const int64_t tiles = (p.n + 15) / 16 * ((p.k + p.leaf - 1) / p.leaf);
+  const int64_t tiles = (p.n + 15) / 16;
   int variant = p.variant;
   if (variant < 0) {
-    const bool few = tiles <= sms, many = tiles >= 3 * sms;  // few: every warp's chain of k is the limit
-    if (p.m <= 8) variant = few ? 0 : 3;
-    else if (p.m <= 16) variant = few ? 0 : many ? 4 : 5;
-    else if (p.m <= 32) variant = few ? 1 : many ? 6 : 7;
-    else variant = few ? 2 : 8;
+    const bool few = tiles <= sms, many = tiles >= 3 * sms;  // few: a warp's chain of k is the limit
+    if (p.m <= 8) variant = few ? 1 : 0;
+    else if (p.m <= 16) variant = few ? 5 : many ? 8 : 7;
+    else if (p.m <= 32) variant = few ? 9 : many ? 10 : 11;
+    else if (p.m <= 64) variant = few ? 12 : many ? 14 : 13;
+    else variant = 15;
   }
-  switch (variant) {
-    case 0: return launch_skinny<T, 1, 2, 1, 3, 512>(p, stream);  // 16 x 16
-    case 1: return launch_skinny<T, 1, 2, 2, 4, 512>(p, stream);  // 16 x 32
-    case 2: return launch_skinny<T, 1, 4, 2, 2, 512>(p, stream);  // 16 x 64
-    case 3: return launch_skinny<T, 2, 1, 1, 4, 256>(p, stream);  // 32 x 8
-    case 4: return launch_skinny<T, 4, 2, 1, 3, 256>(p, stream);  // 64 x 16
-    case 5: return launch_skinny<T, 2, 2, 1, 5, 256>(p, stream);  // 32 x 16
-    case 6: return launch_skinny<T, 4, 2, 2, 3, 256>(p, stream);  // 64 x 32
-    case 7: return launch_skinny<T, 2, 2, 2, 3, 512>(p, stream);  // 32 x 32
-    case 8: return launch_skinny<T, 2, 4, 2, 4, 256>(p, stream);  // 32 x 64
-    case 9: return launch_skinny<T, 1, 1, 1, 4, 256>(p, stream);  // 16 x 8: many blocks of a processor
-    case 10: return launch_skinny<T, 1, 2, 1, 4, 256>(p, stream);  // 16 x 16
-    case 11: return launch_skinny<T, 1, 4, 1, 3, 256>(p, stream);  // 16 x 32
-    case 12: return launch_skinny<T, 4, 4, 2, 4, 128>(p, stream);  // 64 x 64
-    case 13: return launch_skinny<T, 4, 4, 4, 4, 128>(p, stream);  // 64 x 128
+  switch (variant) {  // columns of the result x rows of a block
+    case 0: return launch_skinny<T, 1, 1, 1, 4, 256>(p, stream);   // 16 x 8
+    case 1: return launch_skinny<T, 1, 1, 1, 8, 512>(p, stream);   // 16 x 8, the whole processor's memory
+    case 2: return launch_skinny<T, 1, 1, 1, 4, 512>(p, stream);   // 16 x 8
+    case 3: return launch_skinny<T, 2, 1, 1, 4, 256>(p, stream);   // 32 x 8
+    case 4: return launch_skinny<T, 2, 1, 1, 6, 256>(p, stream);   // 32 x 8
+    case 5: return launch_skinny<T, 1, 2, 1, 6, 512>(p, stream);   // 16 x 16
+    case 6: return launch_skinny<T, 1, 2, 1, 4, 256>(p, stream);   // 16 x 16
+    case 7: return launch_skinny<T, 2, 2, 1, 5, 256>(p, stream);   // 32 x 16
+    case 8: return launch_skinny<T, 4, 2, 1, 3, 256>(p, stream);   // 64 x 16
+    case 9: return launch_skinny<T, 1, 4, 1, 4, 512>(p, stream);   // 16 x 32
+    case 10: return launch_skinny<T, 4, 2, 2, 3, 256>(p, stream);  // 64 x 32
+    case 11: return launch_skinny<T, 2, 2, 2, 3, 512>(p, stream);  // 32 x 32
+    case 12: return launch_skinny<T, 1, 8, 1, 5, 256>(p, stream);  // 16 x 64
+    case 13: return launch_skinny<T, 2, 4, 2, 4, 256>(p, stream);  // 32 x 64
+    case 14: return launch_skinny<T, 4, 4, 2, 4, 128>(p, stream);  // 64 x 64
+    case 15: return launch_skinny<T, 4, 4, 4, 4, 128>(p, stream);  // 64 x 128
   }
   return refuse_matmul(kBadArgument, "matmul: the kernel for few rows has no such variant");
 }
 
 template <class T, int XT, int WT, int XW, int WW> int launch_tile(const GpuMatmulArgs& p, Stream stream) {
   using Shape = TileShape<XT, WT, XW, WW>;
-  const bool cut = p.leaf < p.k;
-  const auto kernel = cut ? tile<T, XT, WT, XW, WW, true> : tile<T, XT, WT, XW, WW, false>;
-  static const Code ready = [] {
-    const Code code = load_kernel(tile<T, XT, WT, XW, WW, true>, Shape::kSharedBytes);
-    return code != kNoError ? code : load_kernel(tile<T, XT, WT, XW, WW, false>, Shape::kSharedBytes);
-  }();
+  const auto kernel = tile<T, XT, WT, XW, WW>;
+  static const Code ready = load_kernel(kernel, Shape::kSharedBytes);
   if (ready != kNoError) return checked_matmul(ready, "loading the kernel for any strides");
   const int64_t blocks = (p.m + XT - 1) / XT * ((p.n + WT - 1) / WT);
   if (blocks > 0x7fffffff) return refuse_matmul(kBadArgument, "matmul: the result is too large for one call");
@@ -214,8 +196,6 @@ DETINFER_EXPORT int detinfer_gpu_matmul_size() { return static_cast<int>(sizeof(
 DETINFER_EXPORT int detinfer_gpu_matmul(const GpuMatmulArgs* args, void* stream) {
   if (args == nullptr) return gpu::refuse_matmul(kBadArgument, "matmul: no arguments were given");
   if (args->m < 0 || args->n < 0 || args->k < 0 || args->batch < 0) return gpu::refuse_matmul(kBadArgument, "matmul: a size is negative");
-  if (args->leaf < args->k && (args->leaf < 512 || args->leaf % 512 != 0))
-    return gpu::refuse_matmul(kBadArgument, "matmul: a leaf has a multiple of 512 terms, or all");
   if (args->m == 0 || args->n == 0 || args->batch == 0) return kOk;
   const gpu::Stream on = static_cast<gpu::Stream>(stream);
   if (args->dtype == kBFloat16) return gpu::run<gpu::BFloat16>(*args, on);

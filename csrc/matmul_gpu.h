@@ -1,9 +1,9 @@
 // Arguments of the matmul family on NVIDIA GPUs: out[m, n] = alpha * sum_k x[m, k] * w[n, k] + beta * c[m, n], in batches.
 //
-// bf16 and fp16 on the matrix unit: k is cut into leaves of `leaf` terms; a leaf is one fp32 accumulator, k ascending in
-// the steps of 16 of its own instruction, from +0; leaves are added ascending in fp32. fp32 on the FMA units: one chain of
-// FMAs, k ascending, from +0. Then alpha (a multiplication, if it is not 1), then beta * c (a multiplication, if beta is
-// not 1, and an addition), then one rounding. Every path gives the bits of the reference path.
+// bf16 and fp16 on the matrix unit: one fp32 accumulator for each output, k ascending in the steps of 16 of its own
+// instruction, from +0. fp32 on the FMA units: one chain of FMAs, k ascending, from +0. Then alpha (a multiplication, if it
+// is not 1), then beta * c (a multiplication, if beta is not 1, and an addition), then one rounding. Every path gives the
+// bits of the reference path.
 #pragma once
 #include <cstdint>
 
@@ -21,7 +21,6 @@ struct GpuMatmulArgs {
   int32_t variant;  // the shape of a block, or -1: by a rule. No choice changes a bit.
   float alpha, beta;
   int32_t reserved;
-  int64_t leaf;  // terms of a leaf: a multiple of 512, or k
   int64_t batch, m, n, k;
   // Strides in elements. w_n is from one column of the result to the next.
   int64_t x_b, x_m, x_k, w_b, w_n, w_k, c_b, c_m, c_n, out_b, out_m, out_n;

@@ -7,7 +7,7 @@
 namespace detinfer {
 namespace gpu {
 
-static constexpr int64_t kSkinnyRows = 512, kMostLeaves = 8;  // eight blocks make the largest portable cluster
+static constexpr int64_t kSkinnyRows = 512;
 
 int refuse_matmul(Status status, const char* why);
 int checked_matmul(Code code, const char* doing);

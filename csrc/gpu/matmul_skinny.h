@@ -1,7 +1,6 @@
 // Few rows of x times a weight matrix that is read once. A block has 16 weight rows for each of RW warps; TW warps share
 // them, each for NT tiles of 8 tokens. One thread asks the tensor memory accelerator for chunks of KC columns of both
-// operands, S chunks ahead; the warps walk k in ascending steps of 16. Where k has several leaves, each has a block of its
-// own; the blocks of one output are a cluster and read one another's sums, to add them in order.
+// operands, S chunks ahead; the warps walk k in ascending steps of 16.
 //
 // The weights are the 16-row side of the instruction and the tokens its 8-column side: an output is one accumulator
 // whatever stands beside it, so neither the number of tokens nor the block's shape changes a bit. Past the end of k the
@@ -27,17 +26,6 @@ static __device__ __forceinline__ void barrier_wait(uint32_t at, int parity) {
   while (done == 0)
     asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done) : "r"(at), "r"(parity) : "memory");
-}
-// What lies at the same address in the shared memory of another block of the cluster.
-static __device__ __forceinline__ float load_cluster(uint32_t at, int rank) {
-  uint32_t there;
-  float value;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
-  return value;
-}
-static __device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // A box of 64 columns from (k, row); what lies outside the tensor arrives as zeros.
 static __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int k, int row, uint32_t barrier) {
@@ -68,10 +56,8 @@ __global__ void __launch_bounds__(SkinnyShape<RW, TW, NT, S, KC>::kThreads)
   char* const stages = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
   const uint32_t base = shared_address(stages);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int leaves = static_cast<int>((p.k + p.leaf - 1) / p.leaf), leaf = static_cast<int>(blockIdx.x) % leaves;
-  const int first_row = static_cast<int>(blockIdx.x) / leaves * kRows, first_token = blockIdx.y * kTokens;
-  const int first_k = static_cast<int>(leaf * p.leaf);
-  const int chunks = static_cast<int>(((leaf + 1 < leaves ? p.leaf : p.k - first_k) + KC - 1) / KC);
+  const int first_row = blockIdx.x * kRows, first_token = blockIdx.y * kTokens;
+  const int chunks = static_cast<int>((p.k + KC - 1) / KC);
   if (threadIdx.x == 0) {
     for (int s = 0; s < S; s++) {
       barrier_init(shared_address(&full[s]), 1);
@@ -91,7 +77,7 @@ __global__ void __launch_bounds__(SkinnyShape<RW, TW, NT, S, KC>::kThreads)
         barrier_expect(arrived, Shape::kStage);
 #pragma unroll
         for (int i = 0; i < kBoxes; i++) {
-          const int k = first_k + c * KC + i * kBoxColumns;
+          const int k = c * KC + i * kBoxColumns;
           copy_box(stage + i * kRows * kBoxRowBytes, &weights, k, first_row, arrived);
           copy_box(stage + (kBoxes * kRows + i * kTokens) * kBoxRowBytes, &tokens, k, first_token, arrived);
         }
@@ -139,25 +125,12 @@ __global__ void __launch_bounds__(SkinnyShape<RW, TW, NT, S, KC>::kThreads)
       for (int i = 0; i < 4; i++)
         handed[((token_warp * NT + t) * 8 + sum_column(lane, i)) * (kRows + 1) + row_warp * 16 + sum_row(lane, i)] = sums[t][i];
   }
-  if (leaves == 1) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < kTokens * kRows; i += Shape::kThreads) {
-      const int token = i / kRows, row = i % kRows;
-      if (first_token + token < p.m && first_row + row < p.n)
-        store_sum<T>(p, 0, first_token + token, first_row + row, handed[token * (kRows + 1) + row]);
-    }
-    return;
-  }
-  cluster_barrier();  // every leaf of these outputs is in some block's memory
-  for (int i = leaf * Shape::kThreads + threadIdx.x; i < kTokens * kRows; i += leaves * Shape::kThreads) {
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTokens * kRows; i += Shape::kThreads) {
     const int token = i / kRows, row = i % kRows;
-    if (first_token + token >= p.m || first_row + row >= p.n) continue;
-    const uint32_t at = shared_address(&handed[token * (kRows + 1) + row]);
-    float sum = load_cluster(at, 0);
-    for (int r = 1; r < leaves; r++) sum = __fadd_rn(sum, load_cluster(at, r));
-    store_sum<T>(p, 0, first_token + token, first_row + row, sum);
+    if (first_token + token < p.m && first_row + row < p.n)
+      store_sum<T>(p, 0, first_token + token, first_row + row, handed[token * (kRows + 1) + row]);
   }
-  cluster_barrier();  // no block leaves while its memory is read
 #endif
 }
 

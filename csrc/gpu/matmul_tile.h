@@ -1,7 +1,7 @@
 // Any number of rows of x, any strides, in batches: a block has XT rows of x and WT columns of the result, XW x WW warps.
 //
 // Both operands pass through shared memory in chunks of 64 of k, `kTileStages` chunks deep, each row of 128 bytes with its
-// 16-byte pieces swizzled. An output is one accumulator for each leaf, whatever stands beside it.
+// 16-byte pieces swizzled. An output is one accumulator, whatever stands beside it.
 #pragma once
 
 #include "matmul_mma.h"
@@ -51,7 +51,7 @@ template <int XT, int WT, int XW, int WW> struct TileShape {
   static_assert(XT / XW % 16 == 0 && WT / WW % 16 == 0, "a warp has whole instructions");
 };
 
-template <class T, int XT, int WT, int XW, int WW, bool kLeaves>
+template <class T, int XT, int WT, int XW, int WW>
 __global__ void __launch_bounds__(TileShape<XT, WT, XW, WW>::kThreads) tile(const __grid_constant__ GpuMatmulArgs p) {
   using Shape = TileShape<XT, WT, XW, WW>;
   constexpr int kX = XT / XW / 16, kW = WT / WW / 8;  // instructions of a warp each way
@@ -67,13 +67,13 @@ __global__ void __launch_bounds__(TileShape<XT, WT, XW, WW>::kThreads) tile(cons
   const uint16_t* const w = static_cast<const uint16_t*>(p.w) + batch * p.w_b;
   const TileSource from_x{x, p.m, p.k, p.x_m, p.x_k, aligned(x, p.x_m, p.x_k, p.k, p.m)};
   const TileSource from_w{w, p.n, p.k, p.w_n, p.w_k, aligned(w, p.w_n, p.w_k, p.k, p.n)};
-  const int chunks = static_cast<int>((p.k + kTileK - 1) / kTileK), leaf_chunks = static_cast<int>(p.leaf / kTileK);
+  const int chunks = static_cast<int>((p.k + kTileK - 1) / kTileK);
   const auto load = [&](int c) {
     const int at = c % kTileStages * Shape::kStage;
     load_tile<XT, Shape::kThreads>(from_x, x_row, static_cast<int64_t>(c) * kTileK, base + at, memory + at);
     load_tile<WT, Shape::kThreads>(from_w, w_row, static_cast<int64_t>(c) * kTileK, base + at + XT * 128, memory + at + XT * 128);
   };
-  float sums[kX][kW][4] = {}, leaves[kLeaves ? kX : 1][kLeaves ? kW : 1][4];
+  float sums[kX][kW][4] = {};
   for (int c = 0; c < kTileStages - 1; c++) {
     if (c < chunks) load(c);
     close_copies();
@@ -84,19 +84,6 @@ __global__ void __launch_bounds__(TileShape<XT, WT, XW, WW>::kThreads) tile(cons
     __syncthreads();  // chunk c is here, and chunk c - 1 was read by all
     if (c + kTileStages - 1 < chunks) load(c + kTileStages - 1);
     close_copies();
-    if constexpr (kLeaves) {
-      if (c > 0 && c % leaf_chunks == 0) {
-#pragma unroll
-        for (int i = 0; i < kX; i++)
-#pragma unroll
-          for (int j = 0; j < kW; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-              leaves[i][j][e] = c == leaf_chunks ? sums[i][j][e] : __fadd_rn(leaves[i][j][e], sums[i][j][e]);
-              sums[i][j][e] = 0.0f;
-            }
-      }
-    }
     const uint32_t stage = base + c % kTileStages * Shape::kStage;
 #pragma unroll
     for (int step = 0; step < kTileK / 16; step++) {
@@ -124,12 +111,7 @@ __global__ void __launch_bounds__(TileShape<XT, WT, XW, WW>::kThreads) tile(cons
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int64_t m = x_row + x_at + i * 16 + lane / 4 + half * 8, n = w_row + w_at - XT + j * 8 + lane % 4 * 2;
-        float pair[2];
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          pair[e] = sums[i][j][half * 2 + e];
-          if constexpr (kLeaves) pair[e] = __fadd_rn(leaves[i][j][half * 2 + e], pair[e]);
-        }
+        const float pair[2] = {sums[i][j][half * 2], sums[i][j][half * 2 + 1]};
         if (m >= p.m || n >= p.n) continue;
         if (n + 1 < p.n && p.out_n == 1 && (p.out_m % 2 | p.out_b % 2) == 0 && reinterpret_cast<uintptr_t>(p.out) % 4 == 0) {
           const float done[2] = {finish_sum<T>(p, batch, m, n, pair[0]), finish_sum<T>(p, batch, m, n + 1, pair[1])};

@@ -26,7 +26,7 @@ _EPILOGUE_BIAS = 4
 _PREFERENCE_WORKSPACE, _PREFERENCE_REDUCTION, _PREFERENCE_ALIGNMENT = 1, 3, (5, 6, 7, 8)
 _CONFIG_SPLIT, _CONFIG_REDUCTION = 2, 3
 _ZERO, _ONE = ctypes.c_float(0.0), ctypes.c_float(1.0)
-_KEPT = 8192
+_ZERO_AT, _ONE_AT = ctypes.addressof(_ZERO), ctypes.addressof(_ONE)
 
 
 class _Heuristic(ctypes.Structure):
@@ -45,15 +45,13 @@ class Problem(NamedTuple):
     """out [m, n] = x [m, k] times weight [n, k] transposed, + bias; strides of rows in elements, elements contiguous."""
 
     dtype: torch.dtype
-    out_dtype: torch.dtype
     m: int
     n: int
     k: int
     x_stride: int
     w_stride: int
-    out_stride: int
     bias: int = 0
-    """Address of the bias, n elements of ``out_dtype``; 0 for none."""
+    """Address of the bias, n elements; 0 for none."""
 
 
 def _loaded(name: str) -> Any:
@@ -117,7 +115,7 @@ class Product:
         # Its matrices are column-major: its A is the weight, k x n, taken transposed; its B is x, k x m; its D is n x m.
         self._weight = self._layout(problem.dtype, k, n, problem.w_stride)
         self._x = self._layout(problem.dtype, k, m, problem.x_stride)
-        self._out = self._layout(problem.out_dtype, n, m, problem.out_stride)
+        self._out = self._layout(problem.dtype, n, m, n)
         self._operation = ctypes.c_void_p()
         create = _library().cublasLtMatmulDescCreate
         _check(create(ctypes.byref(self._operation), _COMPUTE_32F, _TYPES[torch.float32]), "describing a product")
@@ -169,14 +167,14 @@ class Product:
         results = [found[i] for i in range(count.value) if found[i].state == 0 and found[i].workspace == 0]
         return [bytes(r.algorithm) for r in results if _whole(bytes(r.algorithm))]
 
-    def run(self, x: int, weight: int, out: int, algorithm: bytes, stream: int, *, added: bool = False) -> None:
-        """Start the product of the operands at these addresses; ``added`` adds what ``out`` holds (exactly once, in fp32).
+    def run(self, x: int, weight: int, out: int, algorithm: bytes, stream: int) -> None:
+        """Start the product of the operands at these addresses; the device of ``stream`` has to be the current one.
 
         Raises NativeError where the library refuses the algorithm; then nothing was written.
         """
         status = self._run(
-            *(self._handle, self._operation, ctypes.addressof(_ONE), weight, self._weight, x, self._x),
-            *(ctypes.addressof(_ONE if added else _ZERO), out, self._out, out, self._out),
+            *(self._handle, self._operation, _ONE_AT, weight, self._weight, x, self._x),
+            *(_ZERO_AT, out, self._out, out, self._out),
             *(algorithm, None, 0, stream),
         )
         if status:
@@ -193,16 +191,3 @@ def _whole(algorithm: bytes) -> bool:
         if value.value not in allowed:
             return False
     return True
-
-
-_products: dict[tuple[Problem, int], Product] = {}
-
-
-def product(problem: Problem, device: int) -> Product:
-    """The descriptors of a problem, kept for the next call."""
-    found = _products.get((problem, device))
-    if found is None:
-        if len(_products) >= _KEPT:
-            _products.clear()
-        found = _products[problem, device] = Product(problem, device)
-    return found

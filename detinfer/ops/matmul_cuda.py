@@ -1,12 +1,12 @@
 """linear, matmul and their kin on NVIDIA GPUs, in bf16, fp16 and fp32: one order of k, whatever the number of rows.
 
-The order is that of csrc/matmul_gpu.h. In fp32 it is one chain of FMAs, the bits of ``detinfer/reference/matmul.py``. In
-bf16 and fp16 it is the matrix unit's own: an accumulator for each leaf of ``leaf_length`` terms, leaves added ascending.
+The order is that of csrc/matmul_gpu.h: one accumulator for each output, k ascending. In fp32 that is one chain of FMAs, the
+bits of ``detinfer/reference/matmul.py``; in bf16 and fp16 it is the matrix unit's own, in its steps of 16.
 
 Paths, all of the same bits, so that which one runs is a matter of speed: ``skinny`` (few rows, aligned operands), ``tile``
 (any rows, any strides, batches), ``cublaslt_no_split`` (cuBLASLt held to algorithms that keep k in one piece, only at the
 numbers of rows where ``matmul_cuda_proof`` has compared it on this machine) and ``reference``, plain and slow. No call
-makes a proof, allocates outside torch or waits for the device: all of this runs inside the capture of a CUDA graph.
+makes a proof or waits for the device: all of this runs inside the capture of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 
 from detinfer import native
 from detinfer.errors import NativeError, UnsupportedDtype, UsageError
-from detinfer.ops import cublaslt
-from detinfer.ops.matmul_table import PIECE, Choice, Key, leaf_length, table
+from detinfer.ops import cublaslt, matmul_table
+from detinfer.ops.matmul_table import PIECE, Choice, Key
 from detinfer.ops.matmul_views import Views, dot_views, linear_views, matmul_views, three, two, vector_views
 
 PATHS = {"reference": 0, "skinny": 1, "tile": 2}
@@ -31,65 +31,167 @@ PATHS = {"reference": 0, "skinny": 1, "tile": 2}
 SKINNY_ROWS = 512
 """Rows of x that one call of the kernel for few rows takes."""
 
-_SKINNY_RULE = 64  # without a measured table: up to here the kernel for few rows, then the tiles
 _COPY_ROWS = 128  # from here on a weight in another layout is worth a copy
-_args = struct.Struct("@3i2fi17q4P")  # GpuMatmulArgs of csrc/matmul_gpu.h
+_KEPT_CALLS = 8192
+_head, _pointers = struct.Struct("@3i2fi16q"), struct.Struct("@4P")  # GpuMatmulArgs of csrc/matmul_gpu.h
+_pack_pointers = _pointers.pack
+
+Step = Callable[[int, int, int, int, int], None]
+"""Starts one kernel: the addresses of x, w, c (0 for none) and out, and the stream. Raises NativeError on refusal."""
 
 
 @functools.cache
 def _function() -> tuple[Callable[[bytes, int], int], Any]:
     handle = native.gpu_library()
-    if (found := handle.detinfer_gpu_matmul_size()) != _args.size:
-        raise NativeError(
-            f"the GPU library's matmul takes {found} bytes, this detinfer gives {_args.size}: reinstall it"
-        )
+    if (found := handle.detinfer_gpu_matmul_size()) != (needed := _head.size + _pointers.size):
+        raise NativeError(f"the GPU library's matmul takes {found} bytes, this detinfer gives {needed}: reinstall it")
     handle.detinfer_gpu_matmul_error.restype = ctypes.c_char_p
     handle.detinfer_gpu_matmul.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
     return handle.detinfer_gpu_matmul, handle.detinfer_gpu_matmul_error
 
 
-def _stream(device: int) -> int:
-    return int(torch._C._cuda_getCurrentRawStream(device))
-
-
-def run(
+def kernel(
     path: str,
     x: torch.Tensor,
     w: torch.Tensor,
     c: torch.Tensor | None,
-    out: torch.Tensor,
     alpha: float = 1.0,
     beta: float = 1.0,
     variant: int = -1,
-) -> None:
-    """One product on one of csrc's paths: x [(B,) M, K], w [(B,) N, K], c like out or none, out [(B,) M, N], any strides.
-
-    Raises NativeError where the library is missing or refuses.
-    """
+) -> Step:
+    """A product on one of csrc's paths: x [(B,) M, K], w [(B,) N, K], c [(B,) M, N] or none, all of any strides, and out
+    contiguous. Of the tensors only shapes, strides and dtype are taken."""
     function, error = _function()
     *batch, m, k = x.shape
     n = w.shape[-2]
     fill = () if batch else (0,)
-    device = x.device.index
-    args = _args.pack(
-        *(native.DTYPES[x.dtype], PATHS[path], variant, alpha, beta, 0, leaf_length(k, n, x.dtype)),
-        *(batch[0] if batch else 1, m, n, k, *fill, *x.stride(), *fill, *w.stride()),
+    head = _head.pack(
+        *(native.DTYPES[x.dtype], PATHS[path], variant, alpha, beta, 0, batch[0] if batch else 1, m, n, k),
+        *(*fill, *x.stride(), *fill, *w.stride()),
         *((0, 0, 0) if c is None else (*fill, *c.stride())),
-        *(*fill, *out.stride(), x.data_ptr(), w.data_ptr(), 0 if c is None else c.data_ptr(), out.data_ptr()),
+        *(m * n, n, 1),
     )
-    if device == torch._C._cuda_getDevice():
-        status = function(args, _stream(device))
-    else:
-        with torch.cuda.device(device):
-            status = function(args, _stream(device))
-    if status:
-        raise NativeError((error() or b"").decode())
+
+    def step(x_at: int, w_at: int, c_at: int, out_at: int, stream: int) -> None:
+        if function(head + _pack_pointers(x_at, w_at, c_at, out_at), stream):
+            raise NativeError((error() or b"").decode())
+
+    return step
+
+
+def cublaslt_kernel(algorithm: bytes, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> Step:
+    """A product by cuBLASLt, proved or not: x [M, K] contiguous, w [N, K], bias a row of [M, N] with a stride of 0, which
+    is read where it lies now."""
+    (m, k), n = x.shape, w.shape[0]
+    problem = cublaslt.Problem(x.dtype, m, n, k, k, w.stride(0), 0 if bias is None else bias.data_ptr())
+    run = cublaslt.Product(problem, x.device.index).run
+
+    def step(x_at: int, w_at: int, c_at: int, out_at: int, stream: int) -> None:
+        run(x_at, w_at, out_at, algorithm, stream)
+
+    return step
 
 
 def streams(t: torch.Tensor) -> bool:
     """Whether the kernel for few rows and cuBLASLt take a [rows, k] operand of 16-bit elements as it lies."""
     rows, k = t.shape
     return k % 8 == 0 and t.stride(1) == 1 and (rows == 1 or t.stride(0) % 8 == 0) and t.data_ptr() % 16 == 0
+
+
+def by_rule(m: int) -> Choice:
+    """The path where nothing was measured, for operands that ``streams``: right by construction."""
+    return Choice("skinny" if m <= SKINNY_ROWS else "tile")
+
+
+def plan(
+    x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, alpha: float, beta: float
+) -> list[tuple[int, int, Step]]:
+    """(first row, byte of x, kernel) for each piece of a product without batches, whose operands lie where they will."""
+    (m, k), n, size = x.shape, w.shape[0], x.element_size()
+    key = Key(n, k, x.dtype, w.stride(0), c is not None, x.device.index)
+    half = size == 2
+    measured = matmul_table.table(key) if not half or (streams(x) and streams(w)) else None
+    if not half:
+        variant = -1 if measured is None else measured.choose(m).variant
+        return [(0, 0, kernel("tile", x, w, c, alpha, beta, variant))]
+    if not (streams(x) and streams(w)):
+        return [(0, 0, kernel("tile", x, w, c, alpha, beta))]
+    packed = m == 1 or x.stride(0) == k
+    if measured is None or not packed or not _is_bias(c, alpha, beta):
+        chosen = by_rule(m)
+        return [(0, 0, kernel(chosen.path, x, w, c, alpha, beta))]
+    found: list[tuple[int, int, Step]] = []
+    start = 0
+    while start < m:
+        count = measured.piece(min(m - start, PIECE))
+        part, added = x[start : start + count], None if c is None else c[start : start + count]
+        chosen = measured.choose(count)
+        step = (
+            cublaslt_kernel(chosen.algorithm, part, w, added)
+            if chosen.path == "cublaslt_no_split"
+            else kernel(chosen.path, part, w, added, alpha, beta, chosen.variant)
+        )
+        found.append((start, start * k * size, step))
+        start += count
+    return found
+
+
+def _is_bias(c: torch.Tensor | None, alpha: float, beta: float) -> bool:
+    """Whether cuBLASLt's epilogue can add c: one aligned vector for all rows, times 1."""
+    if c is None:
+        return alpha == 1
+    one_row = c.stride(1) == 1 and (c.stride(0) == 0 or c.shape[0] == 1)
+    return alpha == 1 and beta == 1 and one_row and c.data_ptr() % 16 == 0
+
+
+class _Call:
+    """Everything about a call but its pointers: made once for a set of shapes, strides, alignments and scalars."""
+
+    __slots__ = ("c_row", "device", "dtype", "out_row", "shape", "steps")
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        x: torch.Tensor,
+        w: torch.Tensor,
+        c: torch.Tensor | None,
+        alpha: float,
+        beta: float,
+    ) -> None:
+        self.shape, self.dtype, self.device = shape, x.dtype, x.device
+        self.c_row = 0 if c is None else c.stride(-2) * c.element_size()
+        self.out_row = w.shape[-2] * x.element_size()
+        batched = x.dim() == 3
+        self.steps = [(0, 0, kernel("tile", x, w, c, alpha, beta))] if batched else plan(x, w, c, alpha, beta)
+
+    def __call__(self, x: int, w: int, c: int) -> torch.Tensor:
+        """The product of what lies at these addresses."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        to, device = out.data_ptr(), self.device.index
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        if device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                self._start(x, w, c, to, stream)
+        elif len(self.steps) == 1:
+            self.steps[0][2](x, w, c, to, stream)
+        else:
+            self._start(x, w, c, to, stream)
+        return out
+
+    def _start(self, x: int, w: int, c: int, out: int, stream: int) -> None:
+        for row, offset, step in self.steps:
+            step(x + offset, w, c + row * self.c_row if c else 0, out + row * self.out_row, stream)
+
+
+def _placed(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operands of a product, copied where a fast path then takes them."""
+    if x.dim() == 3 or x.element_size() == 4 or x.shape[1] % 8 or not x.numel():
+        return x, w
+    if not streams(w):
+        if x.shape[0] < _COPY_ROWS:
+            return x, w
+        w = w.clone(memory_format=torch.contiguous_format)
+    return (x if streams(x) else x.clone(memory_format=torch.contiguous_format)), w  # torch's buffers are aligned
 
 
 def product(
@@ -99,100 +201,16 @@ def product(
     alpha: float = 1.0,
     beta: float = 1.0,
     *,
-    path: str | None = None,
+    path: str,
     variant: int = -1,
 ) -> torch.Tensor:
-    """alpha * x @ w^T + beta * c as a contiguous tensor: x [(B,) M, K], w [(B,) N, K], c [(B,) M, N] or none.
-
-    ``path`` and ``variant`` hold it to a kernel of csrc's: for tests and timings.
-    """
+    """alpha * x @ w^T + beta * c on one of csrc's paths, for tests and proofs: x [(B,) M, K], w [(B,) N, K], c [(B,) M, N]."""
     out = torch.empty((*x.shape[:-1], w.shape[-2]), dtype=x.dtype, device=x.device)
-    if path is not None:
-        run(path, x, w, c, out, alpha, beta, variant)
-    elif x.dtype is torch.float32 or x.dim() == 3:
-        chosen = None if x.dim() == 3 else table(_key(x, w, c))
-        run("tile", x, w, c, out, alpha, beta, -1 if chosen is None else chosen.choose(x.shape[0]).variant)
-    else:
-        _rows(x, w, c, out, alpha, beta)
+    step = kernel(path, x, w, c, alpha, beta, variant)
+    with torch.cuda.device(x.device):
+        stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+        step(x.data_ptr(), w.data_ptr(), 0 if c is None else c.data_ptr(), out.data_ptr(), stream)
     return out
-
-
-def _key(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> Key:
-    return Key(w.shape[0], w.shape[1], x.dtype, w.stride(0), c is not None, x.device.index)
-
-
-def _rows(
-    x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, out: torch.Tensor, alpha: float, beta: float
-) -> None:
-    """bf16 and fp16 without batches: the fastest path that holds for the operands as they lie."""
-    m, k = x.shape
-    if m == 0 or w.shape[0] == 0:
-        return
-    if not streams(w):
-        if k % 8 or k == 0 or m < _COPY_ROWS:
-            run("tile", x, w, c, out, alpha, beta)
-            return
-        w = w.clone(memory_format=torch.contiguous_format)
-    if not streams(x):
-        x = x.clone(memory_format=torch.contiguous_format)  # a buffer of torch's is aligned
-    measured = table(_key(x, w, c))
-    if measured is None:
-        run("skinny" if m <= _SKINNY_RULE else "tile", x, w, c, out, alpha, beta)
-        return
-    for start in range(0, m, PIECE):  # the largest number of rows that is proved
-        left = min(m - start, PIECE)
-        while left:
-            count = measured.piece(left)
-            part = slice(start, start + count)
-            _chosen(measured.choose(count), x[part], w, None if c is None else c[part], out[part], alpha, beta)
-            start, left = start + count, left - count
-
-
-def _chosen(
-    choice: Choice,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    c: torch.Tensor | None,
-    out: torch.Tensor,
-    alpha: float,
-    beta: float,
-) -> None:
-    if choice.path != "cublaslt_no_split":
-        run(choice.path, x, w, c, out, alpha, beta, choice.variant)
-    elif alpha != 1 or (x.shape[0] > 1 and x.stride(0) != x.shape[1]) or not _is_bias(c, beta):
-        run("tile", x, w, c, out, alpha, beta)
-    else:
-        run_cublaslt(choice.algorithm, x, w, c, out)
-
-
-def _is_bias(c: torch.Tensor | None, beta: float) -> bool:
-    """Whether cuBLASLt's epilogue can add c: one aligned vector for all rows, times 1."""
-    return c is None or (beta == 1 and c.stride() == (0, 1) and c.data_ptr() % 16 == 0)
-
-
-def run_cublaslt(
-    algorithm: bytes, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    """One product by cuBLASLt, proved or not: x [M, K] contiguous, w [N, K], bias a row of [M, N] with stride 0.
-
-    Where k has leaves, one after the other is added into fp32, and the bias before the last rounding.
-    """
-    (m, k), n = x.shape, w.shape[0]
-    leaf, device = leaf_length(k, n, x.dtype), x.device.index
-    stream = _stream(device)
-    with torch.cuda.device(device):
-        if leaf >= k:
-            at = 0 if bias is None else bias.data_ptr()
-            problem = cublaslt.Problem(x.dtype, x.dtype, m, n, k, k, w.stride(0), n, at)
-            cublaslt.product(problem, device).run(x.data_ptr(), w.data_ptr(), out.data_ptr(), algorithm, stream)
-            return
-        sums = torch.empty((m, n), dtype=torch.float32, device=x.device)
-        problem = cublaslt.Problem(x.dtype, torch.float32, m, n, leaf, k, w.stride(0), n)
-        leaves = cublaslt.product(problem, device)
-        for first in range(0, k, leaf):
-            step = first * x.element_size()
-            leaves.run(x.data_ptr() + step, w.data_ptr() + step, sums.data_ptr(), algorithm, stream, added=first > 0)
-        out.copy_(sums if bias is None else sums + bias)
 
 
 def _compute(
@@ -205,6 +223,30 @@ def _compute(
     beta: float = 1.0,
 ) -> Any:
     """The result for the operands as the caller has them; NotImplemented where all are integers."""
+    x, w = a.data_ptr(), b.data_ptr()
+    added = 0 if c is None else c.data_ptr()
+    # A bias's address is part of cuBLASLt's description of a product, so it is part of the signature.
+    signature = (
+        name, a.dtype, b.dtype, a.shape, b.shape, a.stride(), b.stride(), a.device, b.device, x & 15, w & 15, alpha, beta,
+        None if c is None else (c.dtype, c.device, c.shape, c.stride(), added),
+    )  # fmt: skip
+    call = matmul_table.calls.get(signature)
+    if call is not None:
+        return call(x, w, added)
+    return _first(signature, views, name, a, b, c, float(alpha), float(beta))
+
+
+def _first(
+    signature: tuple[Any, ...],
+    views: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Views],
+    name: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+) -> Any:
+    """The result of a call that was not seen yet; the call is kept where its operands are the caller's own memory."""
     tensors = [t for t in (a, b, c) if t is not None]
     if not any(t.is_floating_point() or t.is_complex() for t in tensors):
         return NotImplemented
@@ -226,7 +268,14 @@ def _compute(
         added = None if added is None else added.flatten(0, -3)
     if x.dim() == 3 and x.shape[0] == 1:
         x, w, added = x[0], w[0], None if added is None else added[0]
-    return product(x, w, added, float(alpha), float(beta)).view(shape)
+    x, w = _placed(x, w)
+    call = _Call(shape, x, w, added, alpha, beta)
+    pairs = ((a, x), (b, w), *(((c, added),) if c is not None and added is not None else ()))
+    if all(given.data_ptr() == used.data_ptr() for given, used in pairs):  # a copy must be made in every call
+        if len(matmul_table.calls) >= _KEPT_CALLS:
+            matmul_table.calls.clear()
+        matmul_table.calls[signature] = call
+    return call(x.data_ptr(), w.data_ptr(), 0 if added is None else added.data_ptr())
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, path: str | None = None) -> Any:

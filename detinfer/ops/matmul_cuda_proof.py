@@ -18,14 +18,16 @@ from detinfer.bits import dtype_name, first_mismatch
 from detinfer.errors import Diverged, NativeError, UsageError, Vacuous
 from detinfer.ops import cublaslt, matmul_cuda, matmul_proof
 from detinfer.ops.evidence import Evidence
-from detinfer.ops.matmul_table import DENSE, PIECE, Choice, Key, Table, leaf_length, use
+from detinfer.ops.matmul_table import DENSE, PIECE, Choice, Key, Table, use
 
 TUNED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384)
 """Numbers of rows at which paths are timed; those between take the choice of the next greater one."""
 
-SKINNY_VARIANTS = 14
+_SKINNY_WIDTHS = (8, 8, 8, 8, 8, 16, 16, 16, 16, 32, 32, 32, 64, 64, 64, 128)  # rows of a block of csrc's variants
+SKINNY_VARIANTS = len(_SKINNY_WIDTHS)
 FP32_VARIANTS = 12
-_ALGORITHMS = 6
+_ALGORITHMS = 8
+_OWN_ROWS = 2048  # above, csrc's kernels are timed only where there is no cuBLASLt
 _COLD_BYTES = 192 << 20  # of weights in one timing: several times the second cache
 _RESULT_BYTES = 2 << 30  # of one product in a proof
 _INT = {2: torch.int16, 4: torch.int32}
@@ -171,11 +173,17 @@ def _mismatches(
     return [m for m, bad in zip(proved, flags.tolist(), strict=True) if bad]
 
 
-def _run(choice: Choice, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, out: torch.Tensor) -> None:
+def _step(choice: Choice, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> matmul_cuda.Step:
     if choice.path == "cublaslt_no_split":
-        matmul_cuda.run_cublaslt(choice.algorithm, x, w, c, out)
-    else:
-        matmul_cuda.run(choice.path, x, w, c, out, variant=choice.variant)
+        return matmul_cuda.cublaslt_kernel(choice.algorithm, x, w, c)
+    return matmul_cuda.kernel(choice.path, x, w, c, variant=choice.variant)
+
+
+def _run(choice: Choice, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, out: torch.Tensor) -> None:
+    """One product on the current device; c's address is taken from c."""
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    added = 0 if c is None else c.data_ptr()
+    _step(choice, x, w, c)(x.data_ptr(), w.data_ptr(), added, out.data_ptr(), stream)
 
 
 def _candidates(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> Iterator[Choice]:
@@ -185,21 +193,15 @@ def _candidates(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> Ite
         near = {1: (0, 10), 2: (1, 0), 4: (2, 1, 3), 8: (3, 11, 2), 16: (4, 3), 32: (5, 4), 48: (5, 6), 64: (6, 5, 7)}
         yield from (Choice("tile", v) for v in near.get(m, (6, 7, 8, 9)))
         return
-    rows = {0: 16, 1: 32, 2: 64, 3: 8, 4: 16, 5: 16, 6: 32, 7: 32, 8: 64, 9: 8, 10: 16, 11: 32, 12: 64, 13: 128}
-    for variant, width in rows.items():
-        if m <= matmul_cuda.SKINNY_ROWS and width <= 2 * m + 6 and m <= 4 * width:
+    for variant, width in enumerate(_SKINNY_WIDTHS):
+        if m <= matmul_cuda.SKINNY_ROWS and width <= 2 * m + 6 and m <= 2 * width:
             yield Choice("skinny", variant)
-    if m >= 64:
-        yield from (Choice("tile", v) for v in (1, 2))
-    leaf = leaf_length(k, n, x.dtype)
-    whole = leaf >= k
-    if not cublaslt.available() or (not whole and k % leaf):
-        return
-    at = c.data_ptr() if c is not None and whole else 0
-    problem = cublaslt.Problem(x.dtype, x.dtype if whole else torch.float32, m, n, min(leaf, k), k, w.stride(0), n, at)
-    yield from (
-        Choice("cublaslt_no_split", -1, a) for a in cublaslt.product(problem, x.device.index).algorithms(_ALGORITHMS)
-    )
+    if m <= _OWN_ROWS or not cublaslt.available():
+        yield matmul_cuda.by_rule(m)
+    if cublaslt.available():
+        problem = cublaslt.Problem(x.dtype, m, n, k, k, w.stride(0), 0 if c is None else c.data_ptr())
+        found = cublaslt.Product(problem, x.device.index).algorithms(_ALGORITHMS)
+        yield from (Choice("cublaslt_no_split", -1, algorithm) for algorithm in found)
 
 
 def _timed(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, repeats: int) -> Iterator[tuple[Choice, float]]:

@@ -1,4 +1,4 @@
-"""How k is cut on a GPU, and which path is the fastest for a shape on this machine, as it was measured and proved."""
+"""Which path is the fastest for a shape on this machine, as it was measured and proved."""
 
 from __future__ import annotations
 
@@ -6,32 +6,15 @@ import bisect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-
-LEAF = 2048
-"""Least terms of a leaf: a number of the contract."""
-
-MOST_LEAVES = 8
-"""Leaves of one sum: the blocks that add them are one cluster."""
 
 DENSE = 1024
 """Every number of rows up to this one is proved, and its multiples up to ``PIECE``."""
 
 PIECE = 16384
 """Most rows of one product where cuBLASLt runs; more are cut into pieces."""
-
-
-def leaf_length(k: int, n: int, dtype: torch.dtype) -> int:
-    """L(K, N, dtype) of the contract on GPUs: terms of one accumulator.
-
-    All of K in fp32, and where K is at most 4 N: enough columns keep the chip busy. Else 2048 terms, or the next multiple
-    of 2048 that makes eight leaves at most. Never a function of the number of rows.
-    """
-    if dtype is torch.float32 or k <= 4 * n or k <= LEAF:
-        return k
-    return LEAF * -(-k // (MOST_LEAVES * LEAF))
 
 
 class Key(NamedTuple):
@@ -85,6 +68,9 @@ class Table:
 
 _tables: dict[Key, Table] = {}
 
+calls: dict[tuple[Any, ...], Any] = {}
+"""What ``matmul_cuda`` has prepared from the tables, dropped whenever these change."""
+
 
 def table(key: Key) -> Table | None:
     """The table for a key, or None where nothing was measured."""
@@ -100,8 +86,10 @@ def use(found: Iterable[Table]) -> None:
     """Take tables into use; one for the same key is replaced."""
     for one in found:
         _tables[one.key] = one
+    calls.clear()
 
 
 def forget() -> None:
     """Use no table: every product runs the path that is right by construction."""
     _tables.clear()
+    calls.clear()
