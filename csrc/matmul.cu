@@ -1,6 +1,4 @@
 // The matmul family on NVIDIA GPUs: matmul_gpu.h has the order. NVIDIA alone: AMD's matrix units have other steps of k.
-#include <cuda.h>
-
 #include <cstdio>
 #include <cstring>
 #include <type_traits>
@@ -49,35 +47,6 @@ template <class T> int run_reference(const GpuMatmulArgs& p, Stream stream) {
   return in_batches(p, 2, blocks, [&](const GpuMatmulArgs& part, dim3 grid) { reference<T><<<grid, 32, 0, stream>>>(part); });
 }
 
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's own function: the library is linked to the runtime alone.
-Encode encoder() {
-  static const Encode found = [] {
-    void* at = nullptr;
-    cudaDriverEntryPointQueryResult answer;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &at, 12000, cudaEnableDefault, &answer) != cudaSuccess)
-      at = nullptr;
-    return reinterpret_cast<Encode>(at);
-  }();
-  return found;
-}
-
-// [rows][k] of 16-bit elements, taken in boxes of box_rows x 64.
-template <class T> bool describe(CUtensorMap* map, const void* at, int64_t rows, int64_t k, int64_t row_stride, int box_rows) {
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(rows == 1 ? k * 2 : row_stride * 2)};
-  const cuuint32_t box[2] = {kBoxColumns, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
-  const CUtensorMapDataType type =
-      std::is_same_v<T, Float16> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encoder() != nullptr &&
-         encoder()(map, type, 2, const_cast<void*>(at), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 template <class T, int RW, int TW, int NT, int S, int KC> int launch_skinny(const GpuMatmulArgs& p, Stream stream) {
   using Shape = SkinnyShape<RW, TW, NT, S, KC>;
   const auto kernel = skinny<T, RW, TW, NT, S, KC>;
@@ -94,47 +63,33 @@ template <class T, int RW, int TW, int NT, int S, int KC> int launch_skinny(cons
 
 // The shape of a block: measured on an H200 (docs/reference/benchmarks.md). No choice changes a bit.
 template <class T> int run_skinny(const GpuMatmulArgs& p, Stream stream) {
-  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
-  if (p.m > kSkinnyRows || p.batch != 1 || p.x_k != 1 || p.w_k != 1 || (p.m > 1 && p.x_m % 8 != 0) ||
-      (p.n > 1 && p.w_n % 8 != 0) || p.k % 8 != 0 || !aligned(p.x) || !aligned(p.w))
+  if (p.m > kSkinnyRows || !accelerates(p, 8))
     return refuse_matmul(kNotSupported, "matmul: the kernel for few rows takes at most 512 rows, no batches, with k contiguous and "
-                                 "rows on 16-byte boundaries; the tile path takes any");
-  static const int major = [] {
-    int device = 0, found = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-                   cudaDeviceGetAttribute(&found, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess
-               ? found
-               : 0;
-  }();
-  if (major < 9) return refuse_matmul(kNotSupported, "matmul: the kernel for few rows needs compute capability 9.0 or newer");
+                                        "rows on 16-byte boundaries, from compute capability 9.0 on; the tile path takes any");
   static const int sms = [] { int count = 0; return processors(&count) == kNoError ? count : 132; }();
   const int64_t tiles = (p.n + 15) / 16;
   int variant = p.variant;
   if (variant < 0) {
     const bool few = tiles <= sms, many = tiles >= 3 * sms;  // few: a warp's chain of k is the limit
-    if (p.m <= 8) variant = few ? 1 : 0;
-    else if (p.m <= 16) variant = few ? 5 : many ? 8 : 7;
-    else if (p.m <= 32) variant = few ? 9 : many ? 10 : 11;
-    else if (p.m <= 64) variant = few ? 12 : many ? 14 : 13;
-    else variant = 15;
+    if (p.m <= 8 || (few && p.m <= 16)) variant = 0;
+    else if (p.m <= 16) variant = 4;
+    else if (p.m <= 32 || (few && p.m <= 64)) variant = many ? 8 : 9;
+    else variant = many || p.m > 64 ? 12 : 11;
   }
   switch (variant) {  // columns of the result x rows of a block
     case 0: return launch_skinny<T, 1, 1, 1, 4, 256>(p, stream);   // 16 x 8
-    case 1: return launch_skinny<T, 1, 1, 1, 8, 512>(p, stream);   // 16 x 8, the whole processor's memory
-    case 2: return launch_skinny<T, 1, 1, 1, 4, 512>(p, stream);   // 16 x 8
-    case 3: return launch_skinny<T, 2, 1, 1, 4, 256>(p, stream);   // 32 x 8
-    case 4: return launch_skinny<T, 2, 1, 1, 6, 256>(p, stream);   // 32 x 8
-    case 5: return launch_skinny<T, 1, 2, 1, 6, 512>(p, stream);   // 16 x 16
-    case 6: return launch_skinny<T, 1, 2, 1, 4, 256>(p, stream);   // 16 x 16
-    case 7: return launch_skinny<T, 2, 2, 1, 5, 256>(p, stream);   // 32 x 16
-    case 8: return launch_skinny<T, 4, 2, 1, 3, 256>(p, stream);   // 64 x 16
-    case 9: return launch_skinny<T, 1, 4, 1, 4, 512>(p, stream);   // 16 x 32
-    case 10: return launch_skinny<T, 4, 2, 2, 3, 256>(p, stream);  // 64 x 32
-    case 11: return launch_skinny<T, 2, 2, 2, 3, 512>(p, stream);  // 32 x 32
-    case 12: return launch_skinny<T, 1, 8, 1, 5, 256>(p, stream);  // 16 x 64
-    case 13: return launch_skinny<T, 2, 4, 2, 4, 256>(p, stream);  // 32 x 64
-    case 14: return launch_skinny<T, 4, 4, 2, 4, 128>(p, stream);  // 64 x 64
-    case 15: return launch_skinny<T, 4, 4, 4, 4, 128>(p, stream);  // 64 x 128
+    case 1: return launch_skinny<T, 1, 1, 1, 8, 128>(p, stream);   // 16 x 8
+    case 2: return launch_skinny<T, 2, 1, 1, 4, 256>(p, stream);   // 32 x 8
+    case 3: return launch_skinny<T, 2, 1, 1, 6, 256>(p, stream);   // 32 x 8
+    case 4: return launch_skinny<T, 1, 2, 1, 4, 256>(p, stream);   // 16 x 16
+    case 5: return launch_skinny<T, 1, 2, 1, 8, 128>(p, stream);   // 16 x 16
+    case 6: return launch_skinny<T, 2, 2, 1, 5, 256>(p, stream);   // 32 x 16
+    case 7: return launch_skinny<T, 1, 4, 1, 6, 128>(p, stream);   // 16 x 32
+    case 8: return launch_skinny<T, 4, 2, 2, 3, 256>(p, stream);   // 64 x 32
+    case 9: return launch_skinny<T, 2, 2, 2, 3, 512>(p, stream);   // 32 x 32
+    case 10: return launch_skinny<T, 1, 8, 1, 6, 128>(p, stream);  // 16 x 64
+    case 11: return launch_skinny<T, 2, 4, 2, 4, 256>(p, stream);  // 32 x 64
+    case 12: return launch_skinny<T, 4, 4, 2, 4, 128>(p, stream);  // 64 x 64
   }
   return refuse_matmul(kBadArgument, "matmul: the kernel for few rows has no such variant");
 }

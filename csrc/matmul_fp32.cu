@@ -1,6 +1,10 @@
-// fp32 on NVIDIA GPUs: the plain kernel and the choice of a block's shape. gpu/matmul_fp32.h has the fast one.
+// fp32 on NVIDIA GPUs: the plain kernel and the choice of a block's shape. gpu/matmul_stream.h and gpu/matmul_fp32.h have the
+// fast ones.
+#include <type_traits>
+
 #include "gpu/matmul_fp32.h"
 #include "gpu/matmul_launch.h"
+#include "gpu/matmul_stream.h"
 
 namespace detinfer {
 namespace gpu {
@@ -31,6 +35,64 @@ template <int XT, int WT, int RX, int RW, int KC, int S> int launch_fp32(const G
   });
 }
 
+template <int XT, int WT, int RX, int RW, int WL, int KB, int S, int V, int D>
+int launch_stream(const GpuMatmulArgs& p, Stream stream) {
+  using Shape = StreamShape<XT, WT, RX, RW, WL, KB, S>;
+  const auto kernel = stream_fp32<XT, WT, RX, RW, WL, KB, S, V, D>;
+  static const Code ready = load_kernel(kernel, Shape::kSharedBytes);
+  if (ready != kNoError) return checked_matmul(ready, "loading the kernel for aligned fp32");
+  CUtensorMap x, w;
+  if (!describe<Float32>(&x, p.x, p.m, p.k, p.x_m, XT) || !describe<Float32>(&w, p.w, p.n, p.k, p.w_n, WT))
+    return refuse_matmul(kNotSupported, "matmul: the driver describes no tensor of this shape and alignment to the memory accelerator");
+  const int64_t blocks = (p.m + XT - 1) / XT * ((p.n + WT - 1) / WT);
+  if (blocks > 0x7fffffff) return refuse_matmul(kBadArgument, "matmul: the result is too large for one call");
+  kernel<<<static_cast<unsigned>(blocks), Shape::kThreads, Shape::kSharedBytes, stream>>>(x, w, p);
+  return checked_matmul(last_error(), "launching the kernel for aligned fp32");
+}
+
+int run_stream(const GpuMatmulArgs& p, int64_t sms, Stream stream) {
+  if (!accelerates(p, 4))
+    return refuse_matmul(kNotSupported, "matmul: the kernel for aligned fp32 takes no batches, k contiguous and rows on 16-byte "
+                                        "boundaries, from compute capability 9.0 on; the tile path takes any");
+  int variant = p.variant;
+  if (variant < 0) {
+    const auto fills = [&](int64_t rows, int64_t columns) {
+      return (p.m + rows - 1) / rows * ((p.n + columns - 1) / columns) >= sms;
+    };
+    if (p.m <= 2) variant = p.m == 1 ? 0 : 1;
+    else if (p.m <= 8) variant = p.m <= 4 ? 2 : 3;
+    else if (p.m <= 16) variant = fills(16, 32) ? 4 : 5;
+    else if (p.m <= 32) variant = fills(32, 32) ? 7 : 6;
+    else if (!fills(64, 32)) variant = 8;
+    else if (!fills(128, 64)) variant = p.m <= 64 ? 10 : 13;
+    else variant = fills(128, 128) ? 18 : 17;
+  }
+  switch (variant) {  // rows of x x columns of the result of a block
+    case 0: return launch_stream<1, 32, 1, 1, 32, 4, 5, 4, 8>(p, stream);
+    case 1: return launch_stream<2, 32, 2, 1, 32, 4, 5, 4, 4>(p, stream);
+    case 2: return launch_stream<4, 32, 2, 1, 32, 4, 5, 4, 4>(p, stream);
+    case 3: return launch_stream<8, 32, 2, 2, 16, 4, 5, 4, 4>(p, stream);
+    case 4: return launch_stream<16, 32, 4, 2, 16, 4, 4, 4, 2>(p, stream);
+    case 5: return launch_stream<16, 16, 2, 2, 8, 4, 5, 4, 4>(p, stream);
+    case 6: return launch_stream<16, 24, 2, 3, 8, 4, 5, 4, 2>(p, stream);
+    case 7: return launch_stream<32, 32, 4, 4, 8, 2, 5, 4, 2>(p, stream);
+    case 8: return launch_stream<32, 24, 4, 3, 8, 2, 5, 4, 2>(p, stream);
+    case 9: return launch_stream<32, 40, 4, 5, 8, 2, 4, 4, 2>(p, stream);
+    case 10: return launch_stream<64, 32, 4, 4, 8, 2, 4, 4, 2>(p, stream);
+    case 11: return launch_stream<64, 40, 4, 5, 8, 2, 3, 4, 2>(p, stream);
+    case 12: return launch_stream<64, 48, 4, 6, 8, 2, 3, 4, 2>(p, stream);
+    case 13: return launch_stream<128, 32, 8, 4, 8, 1, 5, 2, 2>(p, stream);
+    case 14: return launch_stream<128, 40, 8, 5, 8, 1, 5, 2, 2>(p, stream);
+    case 15: return launch_stream<64, 80, 8, 5, 16, 1, 5, 2, 2>(p, stream);
+    case 16: return launch_stream<128, 80, 8, 10, 8, 1, 4, 2, 2>(p, stream);
+    case 17: return launch_stream<128, 64, 8, 8, 8, 1, 4, 2, 2>(p, stream);
+    case 18: return launch_stream<128, 128, 8, 8, 8, 1, 4, 2, 2>(p, stream);
+    case 19: return launch_stream<128, 128, 8, 8, 8, 1, 3, 2, 1>(p, stream);
+    case 20: return launch_stream<128, 64, 8, 8, 8, 1, 4, 4, 2>(p, stream);
+  }
+  return refuse_matmul(kBadArgument, "matmul: the kernel for aligned fp32 has no such variant");
+}
+
 }  // namespace
 
 int run_fp32(const GpuMatmulArgs& p, Stream stream) {
@@ -39,33 +101,19 @@ int run_fp32(const GpuMatmulArgs& p, Stream stream) {
     return in_batches(p, 4, blocks, [&](const GpuMatmulArgs& part, dim3 grid) { reference_fp32<<<grid, 32, 0, stream>>>(part); });
   }
   static const int sms = [] { int count = 0; return processors(&count) == kNoError ? count : 132; }();
+  if (p.path == static_cast<int32_t>(GpuMatmulPath::kStream)) return run_stream(p, sms, stream);
   int variant = p.variant;
   if (variant < 0) {
     const auto fills = [&](int64_t rows, int64_t columns) {
       return (p.m + rows - 1) / rows * ((p.n + columns - 1) / columns) * p.batch >= sms;
     };
-    if (p.m == 1) variant = 0;
-    else if (p.m == 2) variant = 1;
-    else if (p.m <= 4) variant = 2;
-    else if (p.m <= 8) variant = 3;
-    else if (p.m <= 16) variant = 4;
-    else if (p.m <= 32 || !fills(64, 32)) variant = 5;
-    else if (!fills(64, 64)) variant = 6;
-    else variant = fills(128, 128) ? 8 : 7;
+    variant = p.m <= 16 ? 0 : !fills(64, 64) ? 1 : !fills(128, 128) ? 2 : 3;
   }
   switch (variant) {
-    case 0: return launch_fp32<1, 32, 1, 1, 128, 4>(p, stream);
-    case 1: return launch_fp32<2, 32, 2, 1, 128, 4>(p, stream);
-    case 2: return launch_fp32<4, 32, 2, 1, 128, 4>(p, stream);
-    case 3: return launch_fp32<8, 32, 2, 1, 64, 6>(p, stream);
-    case 4: return launch_fp32<16, 32, 4, 1, 64, 5>(p, stream);
-    case 5: return launch_fp32<32, 32, 4, 2, 32, 6>(p, stream);
-    case 6: return launch_fp32<64, 32, 8, 2, 32, 5>(p, stream);
-    case 7: return launch_fp32<64, 64, 8, 4, 16, 5>(p, stream);
-    case 8: return launch_fp32<128, 128, 8, 8, 16, 4>(p, stream);
-    case 9: return launch_fp32<128, 64, 8, 8, 16, 4>(p, stream);
-    case 10: return launch_fp32<1, 16, 1, 1, 256, 4>(p, stream);
-    case 11: return launch_fp32<8, 16, 1, 1, 128, 4>(p, stream);
+    case 0: return launch_fp32<16, 32, 4, 1, 64, 5>(p, stream);
+    case 1: return launch_fp32<64, 32, 8, 2, 32, 5>(p, stream);
+    case 2: return launch_fp32<64, 64, 8, 4, 16, 5>(p, stream);
+    case 3: return launch_fp32<128, 128, 8, 8, 16, 4>(p, stream);
   }
   return refuse_matmul(kBadArgument, "matmul: the kernel for fp32 has no such variant");
 }

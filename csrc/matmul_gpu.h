@@ -13,6 +13,7 @@ enum class GpuMatmulPath : int32_t {
   kReference = 0,  // plain and slow
   kSkinny,         // few rows of x; k contiguous, 16-byte aligned rows: weights stream through once
   kTile,           // any number of rows, any strides
+  kStream,         // fp32, k contiguous, 16-byte aligned rows: through the tensor memory accelerator
 };
 
 struct GpuMatmulArgs {

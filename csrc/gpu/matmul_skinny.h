@@ -8,32 +8,12 @@
 #pragma once
 
 #include "matmul_mma.h"
+#include "matmul_tma.h"
 
 namespace detinfer {
 namespace gpu {
 
-static __device__ __forceinline__ void barrier_init(uint32_t at, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
-}
-static __device__ __forceinline__ void barrier_expect(uint32_t at, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-}
-static __device__ __forceinline__ void barrier_arrive(uint32_t at) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
-}
-static __device__ __forceinline__ void barrier_wait(uint32_t at, int parity) {
-  uint32_t done = 0;
-  while (done == 0)
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done) : "r"(at), "r"(parity) : "memory");
-}
-// A box of 64 columns from (k, row); what lies outside the tensor arrives as zeros.
-static __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int k, int row, uint32_t barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-               ::"r"(to), "l"(map), "r"(k), "r"(row), "r"(barrier) : "memory");
-}
-
-constexpr int kBoxColumns = 64, kBoxRowBytes = 128;  // the widest box that the 128-byte swizzle takes
+constexpr int kBoxColumns = kBoxRowBytes / 2;
 
 template <int RW, int TW, int NT, int S, int KC> struct SkinnyShape {
   static constexpr int kRows = RW * 16, kTokens = TW * NT * 8, kBoxes = KC / kBoxColumns;
@@ -88,25 +68,33 @@ __global__ void __launch_bounds__(SkinnyShape<RW, TW, NT, S, KC>::kThreads)
     const int swizzle = lane & 7;
     const uint32_t a_at = base + (row_warp * 16 + (lane & 15)) * kBoxRowBytes;
     const uint32_t b_at = base + (kBoxes * kRows + token_warp * NT * 8 + (lane & 7)) * kBoxRowBytes;
+    constexpr int kSteps = KC / 32;
+    static_assert(kSteps % 2 == 0, "a chunk begins with the first of the two buffers");
+    uint32_t low[2][4], high[2][4], other[2][NT][4];  // k to k + 15, k + 16 to k + 31; the next 32 are on their way
+    const auto load = [&](int i, int stage, int step) {
+      const uint32_t a_box = a_at + stage * Shape::kStage + step / 2 * kRows * kBoxRowBytes;
+      const uint32_t b_box = b_at + stage * Shape::kStage + step / 2 * kTokens * kBoxRowBytes;
+      const int piece = (step & 1) * 4;
+      load_matrices(low[i], a_box + (((piece + (lane >> 4)) ^ swizzle) << 4));
+      load_matrices(high[i], a_box + (((piece + 2 + (lane >> 4)) ^ swizzle) << 4));
+#pragma unroll
+      for (int t = 0; t < NT; t++)
+        load_matrices(other[i][t], b_box + t * 8 * kBoxRowBytes + (((piece + (lane >> 3)) ^ swizzle) << 4));
+    };
+    barrier_wait(shared_address(&full[0]), 0);
+    load(0, 0, 0);
     for (int c = 0; c < chunks; c++) {
       const int s = c % S;
-      barrier_wait(shared_address(&full[s]), (c / S) & 1);
-      const uint32_t a = a_at + s * Shape::kStage, b = b_at + s * Shape::kStage;
-      uint32_t low[2][4], high[2][4], other[2][NT][4];  // k to k + 15, k + 16 to k + 31; the next 32 are on their way
-      auto load = [&](int i, int step) {
-        const uint32_t a_box = a + step / 2 * kRows * kBoxRowBytes, b_box = b + step / 2 * kTokens * kBoxRowBytes;
-        const int piece = (step & 1) * 4;
-        load_matrices(low[i], a_box + (((piece + (lane >> 4)) ^ swizzle) << 4));
-        load_matrices(high[i], a_box + (((piece + 2 + (lane >> 4)) ^ swizzle) << 4));
 #pragma unroll
-        for (int t = 0; t < NT; t++)
-          load_matrices(other[i][t], b_box + t * 8 * kBoxRowBytes + (((piece + (lane >> 3)) ^ swizzle) << 4));
-      };
-      load(0, 0);
-#pragma unroll
-      for (int step = 0; step < KC / 32; step++) {
+      for (int step = 0; step < kSteps; step++) {
         const int i = step & 1;
-        if (step + 1 < KC / 32) load(1 - i, step + 1);
+        if (step + 1 < kSteps) {
+          load(1 - i, s, step + 1);
+        } else if (c + 1 < chunks) {  // the next chunk's first pieces, before the last products of this one
+          const int next = (c + 1) % S;
+          barrier_wait(shared_address(&full[next]), ((c + 1) / S) & 1);
+          load(1 - i, next, 0);
+        }
 #pragma unroll
         for (int t = 0; t < NT; t++) multiply_add<T>(sums[t], low[i], other[i][t][0], other[i][t][1]);
 #pragma unroll

@@ -4,7 +4,7 @@ The order is that of csrc/matmul_gpu.h: one accumulator for each output, k ascen
 bits of ``detinfer/reference/matmul.py``; in bf16 and fp16 it is the matrix unit's own, in its steps of 16.
 
 Paths, all of the same bits, so that which one runs is a matter of speed: ``skinny`` (few rows, aligned operands), ``tile``
-(any rows, any strides, batches), ``cublaslt_no_split`` (cuBLASLt held to algorithms that keep k in one piece, only at the
+(any rows, any strides, batches), ``stream`` (fp32, aligned operands), ``cublaslt_no_split`` (cuBLASLt held to algorithms that keep k in one piece, only at the
 numbers of rows where ``matmul_cuda_proof`` has compared it on this machine) and ``reference``, plain and slow. No call
 makes a proof or waits for the device: all of this runs inside the capture of a CUDA graph.
 """
@@ -25,7 +25,7 @@ from detinfer.ops import cublaslt, matmul_table
 from detinfer.ops.matmul_table import PIECE, Choice, Key
 from detinfer.ops.matmul_views import Views, dot_views, linear_views, matmul_views, three, two, vector_views
 
-PATHS = {"reference": 0, "skinny": 1, "tile": 2}
+PATHS = {"reference": 0, "skinny": 1, "tile": 2, "stream": 3}
 """csrc's paths and their codes."""
 
 SKINNY_ROWS = 512
@@ -93,13 +93,15 @@ def cublaslt_kernel(algorithm: bytes, x: torch.Tensor, w: torch.Tensor, bias: to
 
 
 def streams(t: torch.Tensor) -> bool:
-    """Whether the kernel for few rows and cuBLASLt take a [rows, k] operand of 16-bit elements as it lies."""
-    rows, k = t.shape
-    return k % 8 == 0 and t.stride(1) == 1 and (rows == 1 or t.stride(0) % 8 == 0) and t.data_ptr() % 16 == 0
+    """Whether the fast kernels and cuBLASLt take a [rows, k] operand as it lies: k contiguous, rows on 16 bytes."""
+    (rows, k), unit = t.shape, 16 // t.element_size()
+    return k % unit == 0 and t.stride(1) == 1 and (rows == 1 or t.stride(0) % unit == 0) and t.data_ptr() % 16 == 0
 
 
-def by_rule(m: int) -> Choice:
+def by_rule(m: int, dtype: torch.dtype) -> Choice:
     """The path where nothing was measured, for operands that ``streams``: right by construction."""
+    if dtype is torch.float32:
+        return Choice("stream")
     return Choice("skinny" if m <= SKINNY_ROWS else "tile")
 
 
@@ -109,17 +111,15 @@ def plan(
     """(first row, byte of x, kernel) for each piece of a product without batches, whose operands lie where they will."""
     (m, k), n, size = x.shape, w.shape[0], x.element_size()
     key = Key(n, k, x.dtype, w.stride(0), c is not None, x.device.index)
-    half = size == 2
-    measured = matmul_table.table(key) if not half or (streams(x) and streams(w)) else None
-    if not half:
-        variant = -1 if measured is None else measured.choose(m).variant
-        return [(0, 0, kernel("tile", x, w, c, alpha, beta, variant))]
-    if not (streams(x) and streams(w)):
+    if m == 0 or n == 0 or k == 0 or not (streams(x) and streams(w)):
         return [(0, 0, kernel("tile", x, w, c, alpha, beta))]
+    measured = matmul_table.table(key)
     packed = m == 1 or x.stride(0) == k
-    if measured is None or not packed or not _is_bias(c, alpha, beta):
-        chosen = by_rule(m)
-        return [(0, 0, kernel(chosen.path, x, w, c, alpha, beta))]
+    if x.dtype is not torch.float32 and not (packed and _is_bias(c, alpha, beta)):
+        measured = None  # it holds for cuBLASLt's one form alone
+    if measured is None or x.dtype is torch.float32:
+        chosen = by_rule(m, x.dtype) if measured is None else measured.choose(m)
+        return [(0, 0, kernel(chosen.path, x, w, c, alpha, beta, chosen.variant))]
     found: list[tuple[int, int, Step]] = []
     start = 0
     while start < m:
@@ -185,7 +185,7 @@ class _Call:
 
 def _placed(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The operands of a product, copied where a fast path then takes them."""
-    if x.dim() == 3 or x.element_size() == 4 or x.shape[1] % 8 or not x.numel():
+    if x.dim() == 3 or x.shape[1] * x.element_size() % 16 or not x.numel():
         return x, w
     if not streams(w):
         if x.shape[0] < _COPY_ROWS:
@@ -282,7 +282,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """aten::linear: x [..., K] or [K], weight [N, K] or [K], bias [N], [1] or none -> [..., N] or [...].
 
     The bias is added in fp32 before the one rounding. ``path`` holds the product to ``skinny`` (at most 512 rows),
-    ``tile`` or ``reference``. Like all functions here, raises UnsupportedDtype for float64 and complex, UsageError for
+    ``tile``, ``stream`` or ``reference``. Like all functions here, raises UnsupportedDtype for float64 and complex, UsageError for
     operands that do not fit or lie on different devices, NativeError where the GPU library is missing or refuses.
     """
     if path is None:

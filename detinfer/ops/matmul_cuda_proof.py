@@ -23,9 +23,13 @@ from detinfer.ops.matmul_table import DENSE, PIECE, Choice, Key, Table, use
 TUNED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384)
 """Numbers of rows at which paths are timed; those between take the choice of the next greater one."""
 
-_SKINNY_WIDTHS = (8, 8, 8, 8, 8, 16, 16, 16, 16, 32, 32, 32, 64, 64, 64, 128)  # rows of a block of csrc's variants
-SKINNY_VARIANTS = len(_SKINNY_WIDTHS)
-FP32_VARIANTS = 12
+_SKINNY_ROWS = (8, 8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64)
+_STREAM_ROWS = (1, 2, 4, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64, 128, 128, 64, 128, 128, 128, 128, 128)
+"""Rows of x of a block of each of csrc's variants."""
+
+VARIANTS = {"reference": 1, "skinny": len(_SKINNY_ROWS), "stream": len(_STREAM_ROWS), "tile": 3}
+"""How many variants each path has; in fp32 ``tile`` has one more."""
+
 _ALGORITHMS = 8
 _OWN_ROWS = 2048  # above, csrc's kernels are timed only where there is no cuBLASLt
 _COLD_BYTES = 192 << 20  # of weights in one timing: several times the second cache
@@ -189,15 +193,14 @@ def _run(choice: Choice, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | Non
 def _candidates(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> Iterator[Choice]:
     """What may be fast for x [m, k] times w [n, k]."""
     (m, k), n = x.shape, w.shape[0]
-    if x.dtype is torch.float32:
-        near = {1: (0, 10), 2: (1, 0), 4: (2, 1, 3), 8: (3, 11, 2), 16: (4, 3), 32: (5, 4), 48: (5, 6), 64: (6, 5, 7)}
-        yield from (Choice("tile", v) for v in near.get(m, (6, 7, 8, 9)))
+    half = x.dtype is not torch.float32
+    for variant, width in enumerate(_SKINNY_ROWS if half else _STREAM_ROWS):
+        if width <= 2 * m + 6 and (m <= (2 if half else 4) * width or (width >= 64 and not half)):
+            yield Choice("skinny" if half else "stream", variant)
+    if not half:
         return
-    for variant, width in enumerate(_SKINNY_WIDTHS):
-        if m <= matmul_cuda.SKINNY_ROWS and width <= 2 * m + 6 and m <= 2 * width:
-            yield Choice("skinny", variant)
     if m <= _OWN_ROWS or not cublaslt.available():
-        yield matmul_cuda.by_rule(m)
+        yield matmul_cuda.by_rule(m, x.dtype)
     if cublaslt.available():
         problem = cublaslt.Problem(x.dtype, m, n, k, k, w.stride(0), 0 if c is None else c.data_ptr())
         found = cublaslt.Product(problem, x.device.index).algorithms(_ALGORITHMS)

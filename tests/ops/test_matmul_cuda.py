@@ -64,8 +64,9 @@ def test_every_kernel_gives_the_same_bytes(n: int, k: int, dtype: torch.dtype, d
     c = adversarial(515, n, dtype, device, 3)
     expected = product(x, w, c, 0.75, -1.5, path="reference")
     half = dtype is not torch.float32
-    kernels = [("tile", v) for v in range(3 if half else matmul_cuda_proof.FP32_VARIANTS)]
-    kernels += [("skinny", v) for v in range(matmul_cuda_proof.SKINNY_VARIANTS) if half]
+    variants = matmul_cuda_proof.VARIANTS
+    kernels = [("tile", v) for v in range(variants["tile"] + (not half))]
+    kernels += [(path, v) for path in (("skinny",) if half else ("stream",)) for v in range(variants[path])]
     for path, variant in kernels:
         for rows in (1, 2, 7, 8, 15, 33, 64, 65, 100, 129, 511, 512, 515):
             if path == "skinny" and rows > matmul_cuda.SKINNY_ROWS:
@@ -81,7 +82,7 @@ def test_fp32_is_one_chain_of_fmas(k: int, device: torch.device) -> None:
     x, w = operands(9, 33, k, torch.float32, device)
     values = to_values(x.cpu()), to_values(w.t().cpu())
     expected = from_values(reference.matmul(*values), torch.float32)
-    if k > 1:
+    if k >= 16:
         turned = from_values(reference.matmul(values[0][:, ::-1], values[1][::-1]), torch.float32)
         assert first_mismatch(turned, expected) is not None
     expect(linear(x, w).cpu(), expected)

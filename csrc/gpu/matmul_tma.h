@@ -1,0 +1,81 @@
+// The tensor memory accelerator: boxes of rows of 128 bytes into shared memory, and the barriers that say when they are there.
+#pragma once
+
+#include <cuda.h>
+
+#include "matmul_mma.h"
+
+namespace detinfer {
+namespace gpu {
+
+constexpr int kBoxRowBytes = 128;  // the widest box that the 128-byte swizzle takes: row r keeps its 16-byte piece q at q ^ (r & 7)
+
+static __device__ __forceinline__ void barrier_init(uint32_t at, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+}
+static __device__ __forceinline__ void barrier_expect(uint32_t at, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void barrier_arrive(uint32_t at) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
+}
+static __device__ __forceinline__ void barrier_wait(uint32_t at, int parity) {
+  uint32_t done = 0;
+  while (done == 0)
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done) : "r"(at), "r"(parity) : "memory");
+}
+// A box of 64 columns from (k, row); what lies outside the tensor arrives as zeros.
+static __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int k, int row, uint32_t barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+               ::"r"(to), "l"(map), "r"(k), "r"(row), "r"(barrier) : "memory");
+}
+
+// --- host ---
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's own function: the library is linked to the runtime alone.
+static inline Encode encoder() {
+  static const Encode found = [] {
+    void* at = nullptr;
+    cudaDriverEntryPointQueryResult answer;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &at, 12000, cudaEnableDefault, &answer) != cudaSuccess)
+      at = nullptr;
+    return reinterpret_cast<Encode>(at);
+  }();
+  return found;
+}
+
+// [rows][k] of elements of T, taken in boxes of box_rows x 128 bytes.
+template <class T>
+static inline bool describe(CUtensorMap* map, const void* at, int64_t rows, int64_t k, int64_t row_stride, int box_rows) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>((rows == 1 ? k : row_stride) * T::kBytes)};
+  const cuuint32_t box[2] = {kBoxRowBytes / T::kBytes, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const CUtensorMapDataType type = std::is_same_v<T, Float32>   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : std::is_same_v<T, Float16> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encoder() != nullptr &&
+         encoder()(map, type, 2, const_cast<void*>(at), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Whether this device has it and these operands suit it.
+static inline bool accelerates(const GpuMatmulArgs& p, int64_t elements_of_16_bytes) {
+  static const int major = [] {
+    int device = 0, found = 0;
+    const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&found, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess;
+    return known ? found : 0;
+  }();
+  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  return major >= 9 && p.batch == 1 && p.x_k == 1 && p.w_k == 1 && (p.m == 1 || p.x_m % elements_of_16_bytes == 0) &&
+         (p.n == 1 || p.w_n % elements_of_16_bytes == 0) && p.k % elements_of_16_bytes == 0 && aligned(p.x) && aligned(p.w);
+}
+
+}  // namespace gpu
+}  // namespace detinfer
