@@ -64,11 +64,11 @@ int run_stream(const GpuMatmulArgs& p, int64_t sms, Stream stream) {
     else if (p.m <= 16) variant = fills(16, 32) ? 4 : 5;
     else if (p.m <= 32) variant = fills(32, 32) ? 7 : 6;
     else if (!fills(64, 32)) variant = 8;
-    else if (!fills(128, 64)) variant = p.m <= 64 ? 10 : 13;
-    else variant = fills(128, 128) ? 18 : 17;
+    else if (!fills(64, 64)) variant = 10;
+    else variant = 14;
   }
   switch (variant) {  // rows of x x columns of the result of a block
-    case 0: return launch_stream<1, 32, 1, 1, 32, 4, 5, 4, 8>(p, stream);
+    case 0: return launch_stream<1, 32, 1, 1, 32, 4, 5, 4, 4>(p, stream);
     case 1: return launch_stream<2, 32, 2, 1, 32, 4, 5, 4, 4>(p, stream);
     case 2: return launch_stream<4, 32, 2, 1, 32, 4, 5, 4, 4>(p, stream);
     case 3: return launch_stream<8, 32, 2, 2, 16, 4, 5, 4, 4>(p, stream);
@@ -78,17 +78,14 @@ int run_stream(const GpuMatmulArgs& p, int64_t sms, Stream stream) {
     case 7: return launch_stream<32, 32, 4, 4, 8, 2, 5, 4, 2>(p, stream);
     case 8: return launch_stream<32, 24, 4, 3, 8, 2, 5, 4, 2>(p, stream);
     case 9: return launch_stream<32, 40, 4, 5, 8, 2, 4, 4, 2>(p, stream);
-    case 10: return launch_stream<64, 32, 4, 4, 8, 2, 4, 4, 2>(p, stream);
+    case 10: return launch_stream<64, 32, 8, 2, 16, 2, 4, 4, 1>(p, stream);
     case 11: return launch_stream<64, 40, 4, 5, 8, 2, 3, 4, 2>(p, stream);
-    case 12: return launch_stream<64, 48, 4, 6, 8, 2, 3, 4, 2>(p, stream);
-    case 13: return launch_stream<128, 32, 8, 4, 8, 1, 5, 2, 2>(p, stream);
-    case 14: return launch_stream<128, 40, 8, 5, 8, 1, 5, 2, 2>(p, stream);
-    case 15: return launch_stream<64, 80, 8, 5, 16, 1, 5, 2, 2>(p, stream);
-    case 16: return launch_stream<128, 80, 8, 10, 8, 1, 4, 2, 2>(p, stream);
-    case 17: return launch_stream<128, 64, 8, 8, 8, 1, 4, 2, 2>(p, stream);
-    case 18: return launch_stream<128, 128, 8, 8, 8, 1, 4, 2, 2>(p, stream);
-    case 19: return launch_stream<128, 128, 8, 8, 8, 1, 3, 2, 1>(p, stream);
-    case 20: return launch_stream<128, 64, 8, 8, 8, 1, 4, 4, 2>(p, stream);
+    case 12: return launch_stream<64, 64, 8, 4, 16, 1, 4, 4, 1>(p, stream);
+    case 13: return launch_stream<128, 40, 8, 5, 8, 1, 5, 2, 2>(p, stream);
+    case 14: return launch_stream<128, 64, 8, 8, 8, 1, 4, 4, 1>(p, stream);
+    case 15: return launch_stream<128, 80, 8, 10, 8, 1, 4, 2, 2>(p, stream);
+    case 16: return launch_stream<64, 32, 4, 4, 8, 2, 4, 4, 2>(p, stream);
+    case 17: return launch_stream<64, 64, 8, 4, 16, 1, 4, 4, 2>(p, stream);
   }
   return refuse_matmul(kBadArgument, "matmul: the kernel for aligned fp32 has no such variant");
 }

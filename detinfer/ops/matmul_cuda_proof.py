@@ -24,7 +24,7 @@ TUNED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024
 """Numbers of rows at which paths are timed; those between take the choice of the next greater one."""
 
 _SKINNY_ROWS = (8, 8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64)
-_STREAM_ROWS = (1, 2, 4, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64, 128, 128, 64, 128, 128, 128, 128, 128)
+_STREAM_ROWS = (1, 2, 4, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64, 128, 128, 128, 64, 64)
 """Rows of x of a block of each of csrc's variants."""
 
 VARIANTS = {"reference": 1, "skinny": len(_SKINNY_ROWS), "stream": len(_STREAM_ROWS), "tile": 3}
@@ -111,9 +111,7 @@ def prove_shape(
     found = torch.empty_like(expected)
     wrong = [0]
     while wrong:
-        best = {
-            m: min((t, choice) for choice, t in timed.items() if choice not in dropped)[1] for m, timed in times.items()
-        }
+        best = {m: _fastest(timed, dropped, matmul_cuda.by_rule(m, dtype)) for m, timed in times.items()}
         table = Table(key, *_merged(best), DENSE if rows is None else 0, proved, sum(proved) * n)
         wrong = _mismatches(table, proved, x, w, c, expected, found)
         ours = [m for m in wrong if table.choose(m).path != "cublaslt_no_split"]
@@ -128,6 +126,11 @@ def prove_shape(
         dropped |= {table.choose(m) for m in wrong}
     use([table])
     return Measured(table, times, tuple(failed))
+
+
+def _fastest(timed: dict[Choice, float], dropped: set[Choice], otherwise: Choice) -> Choice:
+    left = [(time, choice) for choice, time in timed.items() if choice not in dropped]
+    return min(left)[1] if left else otherwise
 
 
 def _expected(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
