@@ -65,6 +65,12 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def hip(session: nox.Session) -> None:
+    """The GPU sources compile for AMD and order memory there; the first run fetches 1.2 GB of tools (scripts/hip.py)."""
+    session.run("python", "scripts/hip.py", *session.posargs)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """The documentation's Python runs, its commands and options exist, its links lead somewhere."""
     environment(session, "dev", "hf")

@@ -16,8 +16,11 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import environment
+import hip
 
 SESSIONS = ("lint", "types", "build", "goldens", "demo", "docs", "tests")
+WHERE_PREPARED = "hip"
+"""A session that runs where its tools are (``hip.tools()``): they are large, and it has to be asked for to fetch them."""
 REPORTS = environment.CHECKOUT / "build" / "reports"
 """Where each session's pytest leaves its counts (JUnit XML)."""
 
@@ -27,8 +30,9 @@ def main(sessions: list[str]) -> int:
     start = time.monotonic()
     python = environment.prepare(("dev", "hf"), smollm2=True)
     shutil.rmtree(REPORTS, ignore_errors=True)
+    chosen = sessions or [*SESSIONS, *([WHERE_PREPARED] if hip.prepared(hip.tools()) else [])]
     nox = subprocess.run(
-        [python, "-m", "nox", "--no-venv", "--session", *(sessions or SESSIONS)],
+        [python, "-m", "nox", "--no-venv", "--session", *chosen],
         cwd=environment.CHECKOUT,
         env=environment.variables(python),
         stdin=subprocess.DEVNULL,

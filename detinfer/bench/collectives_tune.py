@@ -32,8 +32,9 @@ BLOCKS = (66, 132, 264)
 CHECKED = 1 << 26
 NEAR = 1.01
 """A path stays the choice of the next size while it is within this of the fastest there."""
-LOST = 1.5
-"""A path that takes this many times as long as the fastest is not timed at larger sizes."""
+LOST, LOST_FROM = 1.5, 1 << 23
+"""A path that takes this many times as long as the fastest, at so many bytes or more, is not timed at larger sizes: there
+bandwidth decides and no longer how often the ranks meet."""
 
 Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -146,7 +147,12 @@ def _times(comm: CudaCommunicator, collective: str, geometry: Geometry, buffers:
                 us = _timed(call, each, nbytes)
                 row[path] = min(us, row.get(path, math.inf))
                 yield Line(collective, nbytes, each, round(us, 3))
-        lost |= {path for path, us in row.items() if us > LOST * min(row.values())}
+        lost |= losers(nbytes, row)
+
+
+def losers(nbytes: int, row: dict[str, float]) -> set[str]:
+    """The paths of ``row`` that larger sizes need not be timed by."""
+    return {path for path, us in row.items() if nbytes >= LOST_FROM and us > LOST * min(row.values())}
 
 
 def _pushed(comm: CudaCommunicator, collective: str, nbytes: int) -> bool:

@@ -63,6 +63,13 @@ def test_what_is_tried(ranks: int) -> None:
                 assert most * (ranks if path == "two_shot" else 1) <= max(geometry.tile_bytes, geometry.part_bytes)
 
 
+def test_a_path_that_has_lost() -> None:
+    """Is left out of larger sizes, but not for being slow at a small one: two_shot begins slow and ends fast."""
+    row = {"push_tiles": 20.0, "two_shot": 10.0, "pull": 14.0}
+    assert collectives_tune.losers(1 << 24, row) == {"push_tiles"}
+    assert collectives_tune.losers(1 << 15, {"push": 3.5, "two_shot": 8.0}) == set()
+
+
 def test_the_memory_that_a_table_needs() -> None:
     """The largest number of blocks and the largest tiles of what was chosen, and no more."""
     geometry = collectives_tune.largest(4)
