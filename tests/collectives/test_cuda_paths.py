@@ -29,7 +29,10 @@ def test_what_ships(ranks: int) -> None:
     assert found.paths.within(found.geometry) == found.paths
     for name, known in cuda_paths.KNOWN.items():
         assert found.paths.of(name, 1) == "push"
-        assert found.paths.of(name, 1 << 40) in set(known) - {"push"}
+        path, blocks, most = cuda_paths.cut(name, found.paths.of(name, 1 << 40))
+        assert path in set(known) - {"push"}
+        assert blocks <= found.geometry.tile_channels
+        assert most * (ranks if path == "two_shot" else 1) <= max(found.geometry.part_bytes, found.geometry.tile_bytes)
 
 
 def _write(path: Path, **changes: Any) -> cuda_paths.Tuned:
