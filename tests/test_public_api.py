@@ -34,7 +34,7 @@ OPTIONS = {
     "bench compute": {"--repeats", "--rows"},
     "bench linear": {"--dtype", "--repeats", "--rows", "--threads"},
     "bench moe": {"--ranks", "--repeats", "--rows"},
-    "bench model": {"--dtype", "--repeats", "--threads"},
+    "bench model": {"--device", "--dtype", "--json", "--repeats", "--threads"},
     "env": {"--json"},
     "policy explain": {"--allow", "--json", "--policy"},
     "record": {

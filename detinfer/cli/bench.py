@@ -46,21 +46,52 @@ def linear(names: tuple[str, ...], rows: str, threads: int, repeats: int) -> Non
 
 
 @bench.command()
-@click.argument("target", default="smollm2")
+@click.argument("target", required=False)
 @_dtypes
 @_threads
 @_repeats
-def model(target: str, names: tuple[str, ...], threads: int, repeats: int) -> None:
-    """A whole causal language model: prefill of 8 x 64 tokens, decode at batch 1 and 8."""
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="On a GPU: write the result there.")
+def model(
+    target: str | None, names: tuple[str, ...], threads: int, repeats: int, device: str, path: Path | None
+) -> None:
+    """A whole causal language model, the policy on against off.
+
+    On a CPU: TARGET (smollm2 unless given), prefill of 8 x 64 tokens, decode at batch 1 and 8. On a GPU: a Qwen3 in
+    bfloat16 with drawn weights, of the shape TARGET (qwen3-8b unless given; qwen3-small), prefill of 8 x 2048 tokens, decode
+    in a CUDA graph and eager, and the bytes of rows compared.
+    """
     from detinfer.bench import model as benchmark
     from detinfer.models import targets
 
+    if targets.checked(device).type == "cuda":
+        _model_on_gpu(target or "qwen3-8b", repeats, path)
+        return
+    target = target or "smollm2"
     dtypes = [dtype for name in names if (dtype := options.dtype(name)) is not None]
     loaded = targets.load(target, dtypes[0])
     timings = benchmark.run(loaded, dtypes, threads, repeats)
     console = Console(stderr=True)
     found = list(track(timings, "timing", total=len(dtypes) * len(benchmark.CASES), console=console, transient=True))
     Console().print(benchmark.table(found))
+
+
+def _model_on_gpu(shape: str, repeats: int, path: Path | None) -> None:
+    from detinfer.bench import model_cuda as benchmark
+
+    with Console(stderr=True).status("building the model") as status:
+        built = benchmark.build(shape)
+        status.update("proving its linear layers")
+        shapes, seconds = benchmark.prove(built)
+        found = list(benchmark.checks(built))
+        timings = list(benchmark.run(built, repeats=repeats, said=status.update))
+    shown = Console()
+    shown.width = max(shown.width, 120)
+    shown.print(f"{shape}: {shapes} shapes of linear layers proved in {seconds:.0f} s")
+    for table in benchmark.tables(timings, found):
+        shown.print(table)
+    if path is not None:
+        path.write_text(json.dumps(benchmark.to_json(timings, found), indent=1) + "\n")
 
 
 def _bytes(text: str) -> int:

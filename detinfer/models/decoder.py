@@ -47,7 +47,7 @@ class Attention(nn.Module):
         queries, keys = q.shape[2], k.shape[2]
         mask = None
         if 1 < queries < keys:  # a prompt in pieces: row i sees what was there before and the first i + 1 of its own
-            mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         # A rank's share of the query heads may cut a group: each head names its KV head.
         out = F.scaled_dot_product_attention(
             rope.rotate(q, cos, sin), k[:, self.groups], v[:, self.groups], attn_mask=mask, is_causal=queries == keys

@@ -62,7 +62,7 @@ class Experts(nn.Module):
         """
         tokens, k = x.flatten(0, -2), weights.shape[-1]
         chosen = experts.flatten(0, -2)
-        outputs = torch.empty((k, *tokens.shape), dtype=torch.float32)
+        outputs = torch.empty((k, *tokens.shape), dtype=torch.float32, device=x.device)
         for expert in range(len(self.gate)):
             token, place = torch.nonzero(chosen == expert, as_tuple=True)
             if len(token):
