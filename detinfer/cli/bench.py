@@ -51,7 +51,9 @@ def linear(names: tuple[str, ...], rows: str, threads: int, repeats: int) -> Non
 @_threads
 @_repeats
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="On a GPU: write the result there.")
+@click.option(
+    "--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="On a GPU: write the result there."
+)
 def model(
     target: str | None, names: tuple[str, ...], threads: int, repeats: int, device: str, path: Path | None
 ) -> None:
