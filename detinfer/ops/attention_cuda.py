@@ -1,7 +1,7 @@
 """Scaled dot product attention on GPUs in one order: every query row is a function of itself and of its keys.
 
 The keys of a row lie in blocks of 64, counted from the row's first unmasked key (or from the sequence's start, where it
-is given), and the blocks in splits: 256 keys each up to 8192, longer in longer rows, so that there are at most 32.
+is given), and the blocks in splits: 256 keys each up to 4096, longer in longer rows, so that there are at most 16.
 Inside a split the blocks go through an online softmax, ascending; the splits' results are merged, ascending. All sums
 are the matrix unit's, accumulated in fp32; docs/ops/attention.md has the order in words.
 
@@ -37,17 +37,22 @@ Span = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 @functools.cache
 def _kernels() -> Any:
     try:
-        from detinfer.ops import attention_plain_triton, attention_triton
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        from detinfer.ops import attention_plain_triton, attention_prefill_triton, attention_triton
     except ImportError as error:
         raise NativeError(
             f"attention on a GPU needs Triton, which cannot be imported ({error}): install a CUDA build of torch, or the "
             "triton package of the version that this torch names"
         ) from None
     return SimpleNamespace(
+        prefill=attention_prefill_triton.prefill,
         tiles=attention_triton.tiles,
         decode=attention_triton.decode,
         spans=attention_plain_triton.spans,
         plain=attention_plain_triton.plain,
+        descriptor=TensorDescriptor,
+        block=attention_triton.BLOCK.value,
         least=attention_triton.LEAST.value,
         most=attention_triton.MOST.value,
     )
@@ -230,10 +235,14 @@ def _tile(depth: int, dtype: torch.dtype) -> Shape:
     return Shape(64, 8, 2)
 
 
+def _large(depth: int, dtype: torch.dtype) -> Shape:
+    return Shape(128, 8, 3)
+
+
 def _few(depth: int, dtype: torch.dtype) -> Shape:
     if dtype is torch.float32:
         return Shape(_FEW_ROWS, 4, 1)
-    return Shape(_FEW_ROWS, 4, 3 if depth <= 128 else 2)
+    return Shape(_FEW_ROWS, 2, 3) if depth <= 128 else Shape(_FEW_ROWS, 4, 2)
 
 
 def _padded(depth: int) -> int:
@@ -252,7 +261,7 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[B, H, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, Dv] (a paged cache: [pages, Hkv, page, D]) with contiguous rows.
 
-    ``path`` holds the call to ``tiles`` or ``decode``.
+    ``path`` holds the call to ``tiles``, ``prefill`` or ``decode``.
     """
     (batch, heads, queries, depth), value_depth = q.shape, v.shape[3]
     if max(depth, value_depth) > WIDEST:
@@ -321,7 +330,11 @@ def _launch(
     tiles = -(-queries // (rows // group)) * batch * kv_heads
     least, most = kernels.least, kernels.most
     if path is None:
-        path = "decode" if queries == 1 or few == 1 or (few <= 8 and tiles < 64 and n_keys >= 4 * least) else "tiles"
+        path = (
+            "decode"
+            if queries == 1 or few == 1 or (few <= 8 and tiles < 64 and n_keys >= 4 * least)
+            else "tiles_or_prefill"
+        )
     if path == "decode" and by_head and group > 1:
         group, share, kv_heads = 1, group, heads
         positions = max(1, min(queries, _FEW_ROWS)) if alike else 1
@@ -357,7 +370,21 @@ def _launch(
         "STARTED": keys.starts is not None, "COUNTED": keys.lengths is not None, "SINK": keys.sinks is not None,
         "WANT_LSE": lse is not None, "enable_fp_fusion": False,
     }  # fmt: skip
-    if path == "tiles":
+    fast = path == "prefill" or (path == "tiles_or_prefill" and _plain(q, k, v, keys, rows // group, n_keys, kernels))
+    if fast:
+        shape = _large(max(depth, value_depth), q.dtype)
+        rows = max(shape.rows, group)
+        grid = (-(-queries // (rows // group)), batch * kv_heads)
+        kernels.prefill[grid](
+            *(q, k, v, _described(k, kernels), _described(v, kernels), out, none if lse is None else lse),
+            *(kv_heads, heads, queries, n_keys, keys.shift, 0, c),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
+            G=group, SHARE=share, D=depth, DV=value_depth, DP=_padded(depth), DVP=_padded(value_depth), BM=rows,
+            CAUSAL=keys.causal, WANT_LSE=lse is not None, num_warps=shape.warps, num_stages=shape.stages,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        return
+    if path != "decode":
         grid = (-(-queries // (rows // group)), batch * kv_heads)
         kernels.tiles[grid](
             *pointers, *numbers, **constants, BM=rows, num_warps=shape.warps, num_stages=shape.stages
@@ -371,6 +398,36 @@ def _launch(
         *pointers, *parts, *numbers, **constants, BM=tile_rows, POSITIONS=positions, SCAN=scan,
         num_warps=few_shape.warps, num_stages=few_shape.stages,
     )  # fmt: skip
+
+
+def _plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys, positions: int, n_keys: int, kernels: Any
+) -> bool:
+    """Whether ``prefill`` takes the call: the copy engine can read K and V, and a tile's rows have splits of one length."""
+    others = (keys.added, keys.starts, keys.lengths, keys.table, keys.sinks)
+    if any(t is not None for t in others) or keys.window or q.dtype is torch.float32:
+        return False
+    if max(q.shape[3], v.shape[3]) > 128 or n_keys == 0 or (keys.causal and keys.shift < 0):
+        return False
+    for t in (k, v):
+        if t.data_ptr() % 16 or any(s % 8 or s == 0 for s, n in zip(t.stride()[:3], t.shape, strict=False) if n > 1):
+            return False
+    if not keys.causal:
+        return True
+    longer = kernels.least * kernels.most
+    while longer < n_keys:
+        at = longer - keys.shift  # the first row whose splits are longer
+        if 0 < at < q.shape[2] and at % positions:
+            return False
+        longer *= 2
+    return True
+
+
+def _described(t: torch.Tensor, kernels: Any) -> Any:
+    """K or V for the copy engine: blocks of keys of one head."""
+    width = t.shape[3]
+    strides = [s if n > 1 else -(-width // 8) * 8 for s, n in zip(t.stride()[:3], t.shape, strict=False)]
+    return kernels.descriptor(t, list(t.shape), [*strides, 1], [1, 1, kernels.block, _padded(width)])
 
 
 def _spans(mask: torch.Tensor, causal: bool, shift: int) -> Span:

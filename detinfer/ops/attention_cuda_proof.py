@@ -93,9 +93,15 @@ def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
         if first_mismatch(wrong.cpu(), expected.cpu()) is None:
             raise Diverged(f"{op} on {dtype}: the inputs do not show a wrong order, nothing was proved: report it")
     expect(scaled_dot_product_attention(*inputs, None, 0.0, True, enable_gqa=True), expected, "causal, 700 keys")
-    for cut in (1, 63, 300):
-        got = _run((query[:, :, cut:], key, value), Keys(None, True, cut), "tiles")
-        expect(got, expected[:, :, cut:], f"the rows from {cut}")
+    many = ("tiles",) if dtype is torch.float32 else ("tiles", "prefill")
+    late_key, late_value = key.clone(), value.clone()
+    late_key[:, :, 650:], late_value[:, :, 660:] = math.nan, math.inf
+    for path in many:
+        for cut in (1, 63, 300):
+            got = _run((query[:, :, cut:], key, value), Keys(None, True, cut), path)
+            expect(got, expected[:, :, cut:], f"the rows from {cut} by {path}")
+        got = _run((query, late_key, late_value), Keys(None, True), path)
+        expect(got[:, :, :650], expected[:, :, :650], f"NaN behind a row by {path}")
     for at in (0, 1, 63, 64, 255, 256, 257, 511, 512, 699):
         row = (query[:, :, at : at + 1], key[:, :, : at + 1], value[:, :, : at + 1])
         for path in ("decode", "tiles"):

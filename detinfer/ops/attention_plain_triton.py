@@ -4,7 +4,17 @@
 import triton
 import triton.language as tl
 
-from detinfer.ops.attention_triton import _FAR, _LOG2E, BLOCK, _exponent, _finish, _merge, _split_length
+from detinfer.ops.attention_triton import (
+    _FAR,
+    _LOG2E,
+    BLOCK,
+    _exponent,
+    _finish,
+    _mask_byte,
+    _merge,
+    _row_sum,
+    _split_length,
+)
 
 
 @triton.jit(
@@ -32,7 +42,7 @@ def spans(
     for n0 in range(0, last, 1024):
         n = n0 + wide
         if KIND == 1:
-            seen = (tl.load(MASKS + at + n * mask_n, mask=n < last, other=0) != 0) & (n < last)
+            seen = (_mask_byte(MASKS + at + n * mask_n, n < last) != 0) & (n < last)
             plain = seen
         else:
             value = tl.load(MASKS + at + n * mask_n, mask=n < last, other=float("-inf")).to(tl.float32)
@@ -69,7 +79,7 @@ def plain(
     ov = tl.arange(0, DVP)
     q = tl.load(Q + row * D + od[None, :] + r[:, None] * 0, mask=(r == 0)[:, None] & (od < D)[None, :], other=0.0)
     top = tl.full((16,), float("-inf"), tl.float32)
-    total = tl.zeros((16, 16), tl.float32)
+    total = tl.zeros((16,), tl.float32)
     out = tl.zeros((16, DVP), tl.float32)
     length = _split_length(end - origin)
     if SPLIT > 0:
@@ -80,7 +90,7 @@ def plain(
         if BACKWARDS:
             start = origin + (count - 1 - piece) * length
         m = tl.full((16,), float("-inf"), tl.float32)
-        z = tl.zeros((16, 16), tl.float32)
+        z = tl.zeros((16,), tl.float32)
         acc = tl.zeros((16, DVP), tl.float32)
         for n0 in range(start, tl.minimum(start + length, end), BLOCK):
             n = n0 + on
@@ -96,10 +106,11 @@ def plain(
             base = _exponent(new)
             near = tl.abs(b) < 16777216.0
             p = tl.exp2(tl.where(near, tl.fma(s, c, b - base[:, None]), tl.fma(s, c, b) - base[:, None]))
-            p = tl.where(sees, p, 0.0).to(q.dtype)
+            p = tl.where(sees, p, 0.0)
+            sums = _row_sum(p, 16)
+            p = p.to(q.dtype)
             a = tl.exp2(m - base)
-            ones = tl.full((BLOCK, 16), 1.0, dtype=q.dtype)
-            z = tl.dot(p, ones, z * a[:, None], input_precision="ieee")
+            z = tl.fma(z, a, sums)
             acc = tl.dot(p, v, acc * a[:, None], input_precision="ieee")
             m = new
         top, total, out = _merge(top, total, out, m, z, acc)

@@ -7,8 +7,8 @@ to a program of its own, and the last one to arrive merges them. Triton's langua
 this file out.
 
 Every multiplication followed by an addition is one that Triton was told not to contract (``enable_fp_fusion=False`` at
-each launch) or a written ``fma``. Row sums are a product with ones on the matrix unit, so that they, too, do not depend
-on how a tile is laid over threads.
+each launch) or a written ``fma``. Products of matrices run on the matrix unit, k ascending; the sum of a row's weights
+is a written tree, so that it does not depend on how a tile is laid over threads.
 """
 
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 
 LEAST = tl.constexpr(256)
 """Keys of the shortest split."""
-MOST = tl.constexpr(32)
+MOST = tl.constexpr(16)
 """Splits of a row at most; a longer row has longer splits, by powers of two."""
 BLOCK = tl.constexpr(64)
 """Keys between two looks at the maximum."""
@@ -64,9 +64,45 @@ def _merge(top, total, out, m, z, acc):
     base = _exponent(new)
     a = tl.exp2(top - base)
     c = tl.exp2(m - base)
-    total = tl.fma(total, a[:, None], z * c[:, None])
+    total = tl.fma(total, a, z * c)
     out = tl.fma(out, a[:, None], acc * c[:, None])
     return new, total, out
+
+
+@triton.jit
+def _row_sum(p, ROWS: tl.constexpr):
+    """The sum of 64 weights by halves: weight n and n + 32, then n and n + 16, and so on. Sums of two, which no layout
+    of threads can turn around."""
+    x = tl.sum(tl.reshape(p, (ROWS, 2, 32)), 1)
+    x = tl.sum(tl.reshape(x, (ROWS, 2, 16)), 1)
+    x = tl.sum(tl.reshape(x, (ROWS, 2, 8)), 1)
+    x = tl.sum(tl.reshape(x, (ROWS, 2, 4)), 1)
+    x = tl.sum(tl.reshape(x, (ROWS, 2, 2)), 1)
+    return tl.sum(x, 1)
+
+
+@triton.jit
+def _product(p, v, visible, acc, ROWS: tl.constexpr):
+    """acc + p v. Where V holds NaN or an infinity that not every row sees, the rows go one by one: 0 * NaN is not nothing."""
+    if tl.max(tl.max(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), 1), 0) > 0:
+        result = acc
+        r = tl.arange(0, ROWS)
+        for row in range(ROWS):
+            seen = tl.max((visible & (r == row)[:, None]).to(tl.int32), 0) > 0
+            own = tl.dot(p, tl.where(seen[:, None], v, 0.0).to(v.dtype), acc, input_precision="ieee")
+            result = tl.where((r == row)[:, None], own, result)
+    else:
+        result = tl.dot(p, v, acc, input_precision="ieee")
+    return result
+
+
+@triton.jit
+def _mask_byte(at, mask):
+    """Bytes of a bool mask, read as parts of words: a value loaded as 8 bits, on which weights then depend, would make
+    Triton lay out the keys of a product in another order."""
+    address = at.to(tl.int64)
+    word = tl.load((address - address % 4).to(tl.pointer_type(tl.int32)), mask=mask, other=0)
+    return (word >> (address % 4 * 8).to(tl.int32)) & 255
 
 
 @triton.jit
@@ -82,19 +118,18 @@ def _offsets(n, n0, limit, stride, page_stride, table, PAGE: tl.constexpr):
 @triton.jit
 def _walk(
     q, K, V, table, k_key, v_key, k_page, v_page, lo, hi, limit, origin, length, low, end, bias, bias_key, c,
-    m, z, acc, top, total, out, bad,
+    m, z, acc, top, total, out,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr, MASK: tl.constexpr,
-    MASKED: tl.constexpr, MERGE: tl.constexpr,
+    MASKED: tl.constexpr, MERGE: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """The blocks of keys from ``lo`` to ``hi``, ascending; with MERGE splits that end on the way are merged.
 
     ``low`` and ``end`` say what each row sees; without MASKED every row sees every key. ``limit``: no key from there.
-    ``bad`` becomes 1 where V holds NaN or an infinity that some of the rows may have to be kept from.
+    ALIKE: rows that see a key at all see the same ones.
     """
     on = tl.arange(0, BLOCK)
     od = tl.arange(0, DP)
     ov = tl.arange(0, DVP)
-    ones = tl.full((BLOCK, 16), 1.0, dtype=q.dtype)
     for n0 in range(lo, hi, BLOCK):
         n = n0 + on
         k_at = _offsets(n, n0, limit, k_key, k_page, table, PAGE)
@@ -119,7 +154,7 @@ def _walk(
         if MASKED:
             visible = (n[None, :] >= low[:, None]) & (n[None, :] < end[:, None])
             if MASK == 1:
-                visible = visible & (tl.load(bias + n[None, :] * bias_key, mask=visible, other=0) != 0)
+                visible = visible & (_mask_byte(bias + n[None, :] * bias_key, visible) != 0)
             if MASK == 2:
                 added = tl.load(bias + n[None, :] * bias_key, mask=visible, other=0.0).to(tl.float32)
                 visible = visible & (added != float("-inf"))
@@ -134,7 +169,7 @@ def _walk(
             highest = tl.max(s, 1)
             highest = tl.where(highest == float("-inf"), highest, highest * c)
         if MERGE:
-            fresh = (n0 - origin) % length == 0
+            fresh = ((n0 - origin) & (length - 1)) == 0
             new = tl.maximum(tl.where(fresh, float("-inf"), m), highest)
         else:
             new = tl.maximum(m, highest)
@@ -147,25 +182,27 @@ def _walk(
             p = tl.exp2(tl.fma(s, c, -base[:, None]))
         if MASKED:
             p = tl.where(visible, p, 0.0)
+        sums = _row_sum(p, p.shape[0])
         p = p.to(q.dtype)
         a = tl.exp2(m - base)
         if MERGE:
             if fresh:
                 top, total, out = _merge(top, total, out, m, z, acc)
                 acc = tl.zeros_like(acc)
-                z = tl.zeros_like(z)
+                z = sums
             else:
                 acc = acc * a[:, None]
-                z = z * a[:, None]
+                z = tl.fma(z, a, sums)
         else:
             acc = acc * a[:, None]
-            z = z * a[:, None]
-        z = tl.dot(p, ones, z, input_precision="ieee")
+            z = tl.fma(z, a, sums)
         if MASKED:
             used = (tl.max(visible.to(tl.int32), 0) > 0)[:, None]
             v = tl.load(v_ptr, mask=used if DVP == DV else used & (ov < DV)[None, :], other=0.0)
-            bad = tl.maximum(bad, tl.max(tl.max(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), 1), 0))
-            acc = tl.dot(p, v, acc, input_precision="ieee")
+            if ALIKE:
+                acc = tl.dot(p, v, acc, input_precision="ieee")
+            else:
+                acc = _product(p, v, visible, acc, p.shape[0])
         else:
             if DVP == DV:
                 v = tl.load(v_ptr)
@@ -173,22 +210,21 @@ def _walk(
                 v = tl.load(v_ptr, mask=(ov < DV)[None, :], other=0.0)
             acc = tl.dot(p, v, acc, input_precision="ieee")
         m = new
-    return m, z, acc, top, total, out, bad
+    return m, z, acc, top, total, out
 
 
 @triton.jit
 def _finish(top, total, out, sink, SINK: tl.constexpr):
     """(result, log of the sum): the weights' sum divides once; a zero is +0."""
-    whole = tl.max(total, 1)
     if SINK:
         new = tl.maximum(top, sink)
         base = _exponent(new)
         a = tl.exp2(top - base)
-        whole = tl.fma(whole, a, tl.exp2(sink - base))
+        total = tl.fma(total, a, tl.exp2(sink - base))
         out = out * a[:, None]
         top = new
-    lse = (top + tl.log2(whole)) * _LN2
-    return tl.div_rn(out, whole[:, None] + tl.zeros_like(out)) + 0.0, lse
+    lse = (top + tl.log2(total)) * _LN2
+    return out * tl.div_rn(1.0 + tl.zeros_like(total), total)[:, None] + 0.0, lse
 
 
 @triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_LOOSE)
@@ -242,30 +278,25 @@ def tiles(
     ov = tl.arange(0, DVP)
     q_at = batch * q_b + h.to(tl.int64) * q_h + i.to(tl.int64) * q_i
     q = tl.load(Q + q_at[:, None] + od[None, :], mask=valid[:, None] & (od < D)[None, :], other=0.0)
-    o_ptr = OUT + (batch * o_b + h.to(tl.int64) * o_h + i.to(tl.int64) * o_i)[:, None] + ov[None, :]
-    o_in = (ov < DV)[None, :]
-    lse_ptr = LSE + (batch * H + h) * LQ + i
+    bias = q_at[:, None]
     if MASK > 0:
         bias = BIAS + (batch * bias_b + h.to(tl.int64) * bias_h + i.to(tl.int64) * bias_i)[:, None]
-    else:
-        bias = q_at[:, None]
-    sink = tl.zeros((BM,), tl.float32)
-    if SINK:
-        sink = tl.load(SINKS + h, mask=valid, other=0.0).to(tl.float32) * _LOG2E
     empty = valid & (live == 0)
-    tl.store(o_ptr, tl.zeros((BM, DVP), OUT.dtype.element_ty), mask=empty[:, None] & o_in)
-    if WANT_LSE:
-        tl.store(lse_ptr, sink if SINK else tl.full((BM,), float("-inf"), tl.float32), mask=empty)
+    if tl.max(empty.to(tl.int32), 0) > 0:
+        o_at = batch * o_b + h.to(tl.int64) * o_h + i.to(tl.int64) * o_i
+        zero = tl.zeros((BM, DVP), OUT.dtype.element_ty)
+        tl.store(OUT + o_at[:, None] + ov[None, :], zero, mask=empty[:, None] & (ov < DV)[None, :])
+        if WANT_LSE:
+            nothing = tl.full((BM,), float("-inf"), tl.float32)
+            if SINK:
+                nothing = tl.load(SINKS + h, mask=valid, other=0.0).to(tl.float32)
+            tl.store(LSE + (batch * H + h) * LQ + i, nothing, mask=empty)
     left = live
-    alone = 0
     while tl.max(left.to(tl.int32), 0) > 0:
-        # Rows whose blocks and splits lie alike go together; nearly always all do. Where V holds NaN or an infinity in
-        # a block that is not everybody's, they are done once more, one by one: 0 * NaN is not nothing.
+        # Rows whose blocks and splits lie alike go together; nearly always all do.
         first = tl.min(tl.where(left, origin, _FAR), 0)
         split = tl.min(tl.where(left & (origin == first), length, _FAR), 0)
         now = left & (origin == first) & (length == split)
-        if alone > 0:
-            now = now & (r == tl.min(tl.where(now, r, BM), 0))
         lo = first + (tl.min(tl.where(now, low, _FAR), 0) - first) // BLOCK * BLOCK
         hi = tl.max(tl.where(now, end, 0), 0)
         full_lo = first + (tl.max(tl.where(now, low, 0), 0) - first + BLOCK - 1) // BLOCK * BLOCK
@@ -277,32 +308,43 @@ def tiles(
         row_low = tl.where(now, low, _FAR)
         row_end = tl.where(now, end, 0)
         m = tl.full((BM,), float("-inf"), tl.float32)
-        z = tl.zeros((BM, 16), tl.float32)
+        z = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, DVP), tl.float32)
         top, total, out = m, z, acc
-        bad = 0
         if WINDOW:
-            m, z, acc, top, total, out, bad = _walk(
+            m, z, acc, top, total, out = _walk(
                 q, K, V, TABLE, k_n, v_n, k_page, v_page, lo, full_lo, hi, first, split, row_low, row_end, bias, bias_n, c,
-                m, z, acc, top, total, out, bad, D, DV, DP, DVP, PAGE, MASK, True, True,
+                m, z, acc, top, total, out, D, DV, DP, DVP, PAGE, MASK, True, True, False,
             )  # fmt: skip
-        m, z, acc, top, total, out, bad = _walk(
+        m, z, acc, top, total, out = _walk(
             q, K, V, TABLE, k_n, v_n, k_page, v_page, full_lo, full_hi, hi, first, split, row_low, row_end, bias, bias_n, c,
-            m, z, acc, top, total, out, bad, D, DV, DP, DVP, PAGE, MASK, False, True,
+            m, z, acc, top, total, out, D, DV, DP, DVP, PAGE, MASK, False, True, False,
         )  # fmt: skip
-        m, z, acc, top, total, out, bad = _walk(
+        m, z, acc, top, total, out = _walk(
             q, K, V, TABLE, k_n, v_n, k_page, v_page, full_hi, hi, hi, first, split, row_low, row_end, bias, bias_n, c,
-            m, z, acc, top, total, out, bad, D, DV, DP, DVP, PAGE, MASK, True, True,
+            m, z, acc, top, total, out, D, DV, DP, DVP, PAGE, MASK, True, True, False,
         )  # fmt: skip
         top, total, out = _merge(top, total, out, m, z, acc)
+        sink = top
+        if SINK:
+            sink = tl.load(SINKS + h, mask=valid, other=0.0).to(tl.float32) * _LOG2E
         o, lse = _finish(top, total, out, sink, SINK)
-        bad = tl.where(alone > 0, 0, bad)
-        done = now & (bad == 0)
-        tl.store(o_ptr, o.to(OUT.dtype.element_ty), mask=done[:, None] & o_in)
+        o_at = batch * o_b + h.to(tl.int64) * o_h + i.to(tl.int64) * o_i
+        tl.store(OUT + o_at[:, None] + ov[None, :], o.to(OUT.dtype.element_ty), mask=now[:, None] & (ov < DV)[None, :])
         if WANT_LSE:
-            tl.store(lse_ptr, lse, mask=done)
-        left = left & (done == 0)
-        alone = tl.maximum(alone, bad)
+            tl.store(LSE + (batch * H + h) * LQ + i, lse, mask=now)
+        left = left & (now == 0)
+
+
+@triton.jit
+def _part(TOPS, TOTALS, OUTS, space, s, count, r, ov, valid, ROWS: tl.constexpr, DVP: tl.constexpr):
+    """What split ``s`` left; nothing where there is none, and nothing merged changes nothing."""
+    at = (space + s) * ROWS + r
+    there = valid & (s < count)
+    m = tl.load(TOPS + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+    z = tl.load(TOTALS + at, mask=there, other=0.0, cache_modifier=".cg")
+    acc = tl.load(OUTS + at[:, None] * DVP + ov[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg")
+    return m, z, acc
 
 
 @triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_LOOSE)
@@ -353,7 +395,7 @@ def decode(
         for n0 in range(0, last, 1024):
             n = n0 + wide
             if MASK == 1:
-                seen = (tl.load(BIAS + bias_row + n * bias_n, mask=n < last, other=0) != 0) & (n < last)
+                seen = (_mask_byte(BIAS + bias_row + n * bias_n, n < last) != 0) & (n < last)
                 plain = seen
             else:
                 value = tl.load(BIAS + bias_row + n * bias_n, mask=n < last, other=float("-inf")).to(tl.float32)
@@ -393,7 +435,8 @@ def decode(
         if piece == 0:
             tl.store(o_ptr, tl.zeros((BM, DVP), OUT.dtype.element_ty), mask=o_in)
             if WANT_LSE:
-                tl.store(lse_ptr, sink if SINK else tl.full((BM,), float("-inf"), tl.float32), mask=valid)
+                nothing = tl.full((BM,), float("-inf"), tl.float32)
+                tl.store(lse_ptr, sink / _LOG2E if SINK else nothing, mask=valid)
     else:
         split = _split_length(end - origin)
         begin = (low - origin) // split
@@ -410,31 +453,30 @@ def decode(
             hi = tl.minimum(start + split, end)
             lo = tl.maximum(start, origin + (low - origin) // BLOCK * BLOCK)
             row_low = tl.zeros((BM,), tl.int32) + low
-            row_end = tl.zeros((BM,), tl.int32) + end
+            row_end = tl.where(valid, end, 0)
             m = tl.full((BM,), float("-inf"), tl.float32)
-            z = tl.zeros((BM, 16), tl.float32)
+            z = tl.zeros((BM,), tl.float32)
             acc = tl.zeros((BM, DVP), tl.float32)
             full_lo = lo
-            bad = 0  # the rows see the same keys: nothing to keep one of them from
             if WINDOW:
                 full_lo = tl.minimum(tl.maximum(lo, origin + (low - origin + BLOCK - 1) // BLOCK * BLOCK), hi)
-                m, z, acc, _t, _s, _o, bad = _walk(
+                m, z, acc, _t, _s, _o = _walk(
                     q, K, V, TABLE, k_n, v_n, k_page, v_page, lo, full_lo, hi, origin, split, row_low, row_end, bias,
-                    bias_n, c, m, z, acc, m, z, acc, bad, D, DV, DP, DVP, PAGE, MASK, True, False,
+                    bias_n, c, m, z, acc, m, z, acc, D, DV, DP, DVP, PAGE, MASK, True, False, True,
                 )  # fmt: skip
             full_hi = tl.maximum(full_lo, origin + (hi - origin) // BLOCK * BLOCK)
             if MASK > 0:
                 full_hi = tl.where(holes, full_lo, full_hi)
-            m, z, acc, _t, _s, _o, bad = _walk(
+            m, z, acc, _t, _s, _o = _walk(
                 q, K, V, TABLE, k_n, v_n, k_page, v_page, full_lo, full_hi, hi, origin, split, row_low, row_end, bias,
-                bias_n, c, m, z, acc, m, z, acc, bad, D, DV, DP, DVP, PAGE, MASK, False, False,
+                bias_n, c, m, z, acc, m, z, acc, D, DV, DP, DVP, PAGE, MASK, False, False, True,
             )  # fmt: skip
-            m, z, acc, _t, _s, _o, bad = _walk(
+            m, z, acc, _t, _s, _o = _walk(
                 q, K, V, TABLE, k_n, v_n, k_page, v_page, full_hi, hi, hi, origin, split, row_low, row_end, bias,
-                bias_n, c, m, z, acc, m, z, acc, bad, D, DV, DP, DVP, PAGE, MASK, True, False,
+                bias_n, c, m, z, acc, m, z, acc, D, DV, DP, DVP, PAGE, MASK, True, False, True,
             )  # fmt: skip
             top = tl.full((BM,), float("-inf"), tl.float32)
-            total = tl.zeros((BM, 16), tl.float32)
+            total = tl.zeros((BM,), tl.float32)
             out = tl.zeros((BM, DVP), tl.float32)
             if count_all - begin == 1:
                 top, total, out = _merge(top, total, out, m, z, acc)
@@ -446,19 +488,29 @@ def decode(
                 space = row.to(tl.int64) * tl.num_programs(0)
                 at = (space + piece) * (POSITIONS * G) + r
                 tl.store(TOPS + at, m, mask=valid)
-                tl.store(TOTALS + at, tl.max(z, 1), mask=valid)
+                tl.store(TOTALS + at, z, mask=valid)
                 tl.store(OUTS + at[:, None] * DVP + ov[None, :], acc, mask=valid[:, None])
                 tl.debug_barrier()
                 before = tl.atomic_add(ARRIVED + row, 1, sem="acq_rel")
                 if before == count_all - begin - 1:
-                    for s in range(begin, count_all):
-                        at = (space + s) * (POSITIONS * G) + r
-                        m = tl.load(TOPS + at, mask=valid, other=float("-inf"), cache_modifier=".cg")
-                        z = tl.load(TOTALS + at, mask=valid, other=0.0, cache_modifier=".cg")[:, None]
-                        z += tl.zeros_like(total)
-                        part = OUTS + at[:, None] * DVP + ov[None, :]
-                        acc = tl.load(part, mask=valid[:, None], other=0.0, cache_modifier=".cg")
-                        top, total, out = _merge(top, total, out, m, z, acc)
+                    for first in range(begin, count_all, 4):
+                        # Four at a time, so that their loads are under way together.
+                        m0, z0, acc0 = _part(
+                            TOPS, TOTALS, OUTS, space, first, count_all, r, ov, valid, POSITIONS * G, DVP
+                        )
+                        m1, z1, acc1 = _part(
+                            TOPS, TOTALS, OUTS, space, first + 1, count_all, r, ov, valid, POSITIONS * G, DVP
+                        )
+                        m2, z2, acc2 = _part(
+                            TOPS, TOTALS, OUTS, space, first + 2, count_all, r, ov, valid, POSITIONS * G, DVP
+                        )
+                        m3, z3, acc3 = _part(
+                            TOPS, TOTALS, OUTS, space, first + 3, count_all, r, ov, valid, POSITIONS * G, DVP
+                        )
+                        top, total, out = _merge(top, total, out, m0, z0, acc0)
+                        top, total, out = _merge(top, total, out, m1, z1, acc1)
+                        top, total, out = _merge(top, total, out, m2, z2, acc2)
+                        top, total, out = _merge(top, total, out, m3, z3, acc3)
                     o, lse = _finish(top, total, out, sink, SINK)
                     tl.store(o_ptr, o.to(OUT.dtype.element_ty), mask=o_in)
                     if WANT_LSE:
