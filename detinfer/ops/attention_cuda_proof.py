@@ -8,8 +8,8 @@ import torch
 
 from detinfer.bits import first_mismatch
 from detinfer.errors import Diverged
-from detinfer.ops import attention_cuda as cuda
-from detinfer.ops.attention_cuda import Keys, attention, paged_attention, reference, scaled_dot_product_attention
+from detinfer.ops.attention_cuda import attention, paged_attention, reference, scaled_dot_product_attention
+from detinfer.ops.attention_cuda_launch import Keys, run
 from detinfer.ops.evidence import Evidence
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -73,8 +73,9 @@ def check_close(got: torch.Tensor, inputs: Inputs, added: torch.Tensor | None, w
         raise Diverged(f"attention on a GPU, {where}: {worst:.1f} times the error that rounding allows: report it")
 
 
-def _run(inputs: Inputs, keys: Keys, path: str) -> torch.Tensor:
-    return cuda._run(*inputs, keys, None, None, False, path)[0]
+def by_path(inputs: Inputs, keys: Keys, path: str) -> torch.Tensor:
+    """A call held to one kernel."""
+    return run(*inputs, keys, None, None, False, path)[0]
 
 
 def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
@@ -98,14 +99,14 @@ def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
     late_key[:, :, 650:], late_value[:, :, 660:] = math.nan, math.inf
     for path in many:
         for cut in (1, 63, 300):
-            got = _run((query[:, :, cut:], key, value), Keys(None, True, cut), path)
+            got = by_path((query[:, :, cut:], key, value), Keys(None, True, cut), path)
             expect(got, expected[:, :, cut:], f"the rows from {cut} by {path}")
-        got = _run((query, late_key, late_value), Keys(None, True), path)
+        got = by_path((query, late_key, late_value), Keys(None, True), path)
         expect(got[:, :, :650], expected[:, :, :650], f"NaN behind a row by {path}")
     for at in (0, 1, 63, 64, 255, 256, 257, 511, 512, 699):
         row = (query[:, :, at : at + 1], key[:, :, : at + 1], value[:, :, : at + 1])
         for path in ("decode", "tiles"):
-            expect(_run(row, Keys(), path), expected[:, :, at : at + 1], f"one row on {at + 1} keys by {path}")
+            expect(by_path(row, Keys(), path), expected[:, :, at : at + 1], f"one row on {at + 1} keys by {path}")
 
     padded = [torch.full((2, t.shape[1], 960, 64), math.nan, dtype=dtype, device="cuda") for t in (key, value)]
     seen = torch.zeros(2, 1, 1, 960, dtype=torch.bool, device="cuda")
@@ -114,7 +115,7 @@ def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
         for t, own in zip(padded, (key, value), strict=True):
             t[sequence, :, left : left + 700] = own[sequence]
     for path in ("decode", "tiles"):
-        got = _run((query[:, :, -1:], padded[0], padded[1]), Keys(seen.expand(2, 4, 1, 960)), path)
+        got = by_path((query[:, :, -1:], padded[0], padded[1]), Keys(seen.expand(2, 4, 1, 960)), path)
         expect(got, expected[:, :, -1:], f"padding by {path}")
 
     holes = torch.rand(700, 700, device="cuda") < 0.7
