@@ -80,12 +80,19 @@ def _time(shape: tuple[int, int, int], group: int, repeats: int) -> Timing:
     _check(inputs[0], ours, causal)
     times = {}
     for backend in BACKENDS:
-        try:
-            with sdpa_kernel(backend):
-                times[backend.name.removesuffix("_ATTENTION").lower()] = _graph(plain, inputs, repeats)
-        except RuntimeError:  # torch's way of saying that a backend does not take these shapes
-            torch.cuda.synchronize()
+        if (found := _backend(plain, backend, inputs, repeats)) is not None:
+            times[backend.name.removesuffix("_ATTENTION").lower()] = found
     return Timing(shape, group, _graph(ours, inputs, repeats), times)
+
+
+def _backend(call: Attention, backend: SDPBackend, inputs: Sequence[Inputs], repeats: int) -> float | None:
+    """Microseconds of torch's call held to one backend; None where it does not take these shapes."""
+    try:
+        with sdpa_kernel(backend):
+            return _graph(call, inputs, repeats)
+    except RuntimeError:  # torch's way of saying so
+        torch.cuda.synchronize()
+        return None
 
 
 def _inputs(shape: tuple[int, int, int], group: int) -> Inputs:
