@@ -18,6 +18,7 @@ DetinferError                 3  internal, unless a subclass says otherwise
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 EXIT_SAME = 0
@@ -64,6 +65,14 @@ class RankMismatch(UsageError):
 
 class RefusedError(UsageError):
     """The policy refuses an operation: nothing proved covers it and it is not allowed."""
+
+    heard: ClassVar[Callable[[str], None] | None] = None
+    """Called with the message of every refusal of this process, where somebody keeps an account of them."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        if RefusedError.heard is not None:
+            RefusedError.heard(message)
 
 
 class Diverged(DetinferError):

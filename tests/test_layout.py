@@ -27,6 +27,7 @@ RANKS = {
     "models": 5,
     "goldens": 6,
     "bench": 7,
+    "run": 7,
     "reporters": 7,
     "cli": 8,
     "__main__": 9,

@@ -35,7 +35,7 @@ OPTIONS = {
     "bench linear": {"--dtype", "--repeats", "--rows", "--threads"},
     "bench moe": {"--ranks", "--repeats", "--rows"},
     "bench model": {"--device", "--dtype", "--json", "--repeats", "--threads"},
-    "env": {"--json"},
+    "env": {"--engine", "--json"},
     "policy explain": {"--allow", "--json", "--policy"},
     "record": {
         "--allow",
@@ -55,6 +55,7 @@ OPTIONS = {
         "--tensors",
         "--tp",
     },
+    "run": {"--allow", "--engine", "--policy", "--report", "--uncovered"},
     "verify": {
         "--batch-sizes",
         "--control",

@@ -15,6 +15,7 @@ from detinfer.cli.bench import bench
 from detinfer.cli.env import env
 from detinfer.cli.policy import policy
 from detinfer.cli.record import record
+from detinfer.cli.run import run as run_command
 from detinfer.cli.verify import verify
 
 EXIT_CODES = """\b
@@ -35,7 +36,7 @@ def cli() -> None:
     """Deterministic inference: record a model's layers, replay them, assert identical bytes."""
 
 
-for _command in (record, verify, policy, env, bench):
+for _command in (record, verify, policy, run_command, env, bench):
     cli.add_command(_command)
 
 

@@ -12,7 +12,8 @@ from detinfer.errors import UsageError
 from detinfer.goldens import tree
 from detinfer.goldens.runner import Request, module_requests
 from detinfer.models.prompts import prompts, read_prompts
-from detinfer.policy import Guarantee, Policy
+from detinfer.policy import Policy
+from detinfer.policy.policy import from_json
 
 
 def prepare(
@@ -47,9 +48,7 @@ def prepare_again(target: Any) -> list[Request]:
 
 def policy_of(golden: Any) -> Policy:
     """The policy that a golden was recorded under."""
-    held = golden.manifest.policy
-    guarantee = Guarantee(held["scope"], held["place"])
-    return Policy(guarantee, tuple(held["allow"]), held["uncovered"], held.get("reductions", "merged"))
+    return from_json(golden.manifest.policy)
 
 
 def _digest(entry: dict[str, Any]) -> str:

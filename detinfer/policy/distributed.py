@@ -114,6 +114,9 @@ class _Call:
         trace = STATE.trace()
         if trace is not None:
             trace.note(key, decision, self._args)
+        if STATE.ledger is not None:
+            op, dtypes = key
+            STATE.ledger.note(op, dtypes, decision)
         if isinstance(decision, Refused):
             where = trace.where() if trace is not None else ""
             what = f"{self._name}{f' ({reduction})' if reduction else ''} on {dtype_name(dtype)}"

@@ -9,6 +9,7 @@ from torch import distributed
 from detinfer.policy.families import Families
 from detinfer.policy.hooks import Hooks
 from detinfer.policy.overrides import Overrides
+from detinfer.policy.printing import Printing
 
 
 class Installed:
@@ -19,7 +20,7 @@ class Installed:
         self._parts: list[Any] = []
         try:
             self._parts += map(Overrides, (families, *families.elsewhere.values()))
-            self._parts.append(Hooks())
+            self._parts += [Hooks(), Printing()]
             if distributed.is_available():
                 from detinfer.policy.distributed import Distributed
 

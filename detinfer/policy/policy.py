@@ -124,3 +124,9 @@ class Policy:
             "allow": list(self.allow),
             "uncovered": self.uncovered,
         }
+
+
+def from_json(held: dict[str, Any]) -> Policy:
+    """The policy that ``Policy.to_json`` gave."""
+    guarantee = Guarantee(held["scope"], held["place"])
+    return Policy(guarantee, tuple(held["allow"]), held["uncovered"], held.get("reductions", "merged"))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from detinfer.errors import UsageError
+from detinfer.policy.ledger import Ledger
 from detinfer.policy.policy import Policy
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class State:
         self._entries: list[Entry] = []
         self._installed: Installed | None = None
         self.proving: int | None = None
+        self.ledger: Ledger | None = None
+        """Told of every collective, where somebody keeps an account."""
 
     def policy(self) -> Policy:
         """The policy that answers on the calling thread: its own innermost one, else the process's last."""
