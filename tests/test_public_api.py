@@ -30,7 +30,7 @@ NAMES = {
 }
 OPTIONS = {
     "bench collectives": {"--dtype", "--json", "--ranks", "--seconds", "--sizes"},
-    "bench collectives-cuda": {"--json", "--ranks", "--table", "--tune"},
+    "bench collectives-cuda": {"--json", "--plot", "--ranks", "--table", "--tune"},
     "bench compute": {"--repeats", "--rows"},
     "bench linear": {"--dtype", "--repeats", "--rows", "--threads"},
     "bench moe": {"--ranks", "--repeats", "--rows"},

@@ -136,9 +136,12 @@ def collectives(ranks: str, sizes: str, names: tuple[str, ...], seconds: float, 
 @bench.command("collectives-cuda")
 @click.option("--ranks", default=2, show_default=True, help="GPUs, one process each.")
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there too.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it too: .svg, .png; needs matplotlib."
+)
 @click.option("--tune", is_flag=True, help="Time detinfer's paths alone and write the table that connect reads.")
 @click.option("--table", type=click.Path(path_type=Path), metavar="FILE", help="With --tune: where, if not the user's.")
-def collectives_cuda(ranks: int, path: Path | None, tune: bool, table: Path | None) -> None:
+def collectives_cuda(ranks: int, path: Path | None, plot: Path | None, tune: bool, table: Path | None) -> None:
     """Collectives between this machine's GPUs against NCCL and torch's symmetric memory, in CUDA graphs and eager."""
     from detinfer.bench import collectives_cuda as benchmark
 
@@ -154,6 +157,10 @@ def collectives_cuda(ranks: int, path: Path | None, tune: bool, table: Path | No
         shown.print(each)
     if path is not None:
         benchmark.write(found, path)
+    if plot is not None:
+        from detinfer.bench import collectives_plot
+
+        collectives_plot.plot(found, ranks, plot)
 
 
 def _tune(ranks: int, path: Path | None, table: Path | None) -> None:
