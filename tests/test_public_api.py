@@ -32,6 +32,7 @@ OPTIONS = {
     "bench collectives": {"--dtype", "--json", "--ranks", "--seconds", "--sizes"},
     "bench collectives-cuda": {"--json", "--plot", "--ranks", "--table", "--tune"},
     "bench compute": {"--repeats", "--rows"},
+    "bench experts": {"--json", "--repeats", "--tokens"},
     "bench linear": {"--dtype", "--repeats", "--rows", "--threads"},
     "bench moe": {"--ranks", "--repeats", "--rows"},
     "bench model": {"--device", "--dtype", "--json", "--repeats", "--threads"},

@@ -180,6 +180,29 @@ def _tune(ranks: int, path: Path | None, table: Path | None) -> None:
 
 
 @bench.command()
+@click.option(
+    "--tokens", default="", help="Tokens of the layer's input, with commas between them; 1 to 4096 unless given."
+)
+@click.option("--repeats", default=11, show_default=True, help="Replays of each graph.")
+@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there too.")
+def experts(tokens: str, repeats: int, path: Path | None) -> None:
+    """Experts of three models' layers on this GPU against transformers' grouped_mm form, bytes checked before."""
+    from detinfer.bench import experts_cuda as benchmark
+
+    if not torch.cuda.is_available():
+        raise UsageError("bench experts needs a CUDA device, and torch sees none")
+    counts = [int(count) for count in tokens.split(",")] if tokens else list(benchmark.TOKENS)
+    total = len(benchmark.SHAPES) * len(counts)
+    console = Console(stderr=True)
+    found = list(track(benchmark.run(counts, repeats), "timing", total=total, console=console, transient=True))
+    shown = Console()
+    shown.print(benchmark.table(found))
+    shown.print(f"geometric mean {benchmark.geometric_mean(found):.2f}")
+    if path is not None:
+        path.write_text(json.dumps(benchmark.to_json(found), indent=1) + "\n")
+
+
+@bench.command()
 @click.option("--ranks", default=2, show_default=True, help="Processes of this host.")
 @click.option("--rows", default=8, show_default=True, help="Prompts of 128 tokens in a prefill.")
 @click.option("--repeats", default=9, show_default=True, help="Passes of each way, in turn.")

@@ -26,7 +26,7 @@ FAMILIES = ("matmul", "attention", "elementwise", "rows", "moe")
 
 FAMILIES_ON: dict[str, tuple[str, ...]] = {
     "cpu": FAMILIES,
-    "cuda": ("matmul_cuda", "attention_cuda", "elementwise_cuda", "rows_cuda"),
+    "cuda": ("matmul_cuda", "attention_cuda", "elementwise_cuda", "rows_cuda", "moe_cuda"),
 }
 """The families of each kind of device."""
 

@@ -83,6 +83,23 @@ def prove(dtype: torch.dtype) -> tuple[int, bytes]:
     return evidence.total()
 
 
+def prove_cuda(dtype: torch.dtype) -> tuple[int, bytes]:
+    """On a GPU: ``attention_cuda.attention`` with sinks against its plain kernel; (results compared, their bytes)."""
+    from detinfer.ops import attention_cuda
+
+    evidence = Evidence(NAME, dtype)
+    query, key, value = (t.cuda() for t in attention_proof.stress((4, 2), 35, 300, 64, 64, dtype))
+    sinks = from_values(np.array([-40.0, 0.37, 5.3, 90.0], np.float32), dtype).cuda()
+    holes = (torch.arange(300)[None, :] % 5 != torch.arange(35)[:, None] % 5)[None, None].cuda()
+    added = torch.zeros(holes.shape, device="cuda").masked_fill(~holes, -math.inf)
+    wanted = attention_cuda.reference(query, key, value, added, sinks=sinks)
+    got = attention_cuda.attention(query, key, value, causal=False, mask=holes, sinks=sinks)
+    evidence.expect(got.cpu(), wanted.cpu(), "a mask with holes")
+    one = attention_cuda.attention(query[:, :, -1:], key, value, causal=False, mask=holes[:, :, -1:], sinks=sinks)
+    evidence.expect(one.cpu(), wanted[:, :, -1:].cpu(), "one row")
+    return evidence.total()
+
+
 def expected(
     query: torch.Tensor,
     key: torch.Tensor,

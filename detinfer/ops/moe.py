@@ -8,13 +8,13 @@ For one token, whatever stands beside it in the batch and however many tokens an
     acc = w_0 * e_0;  acc = acc + (w_r * e_r) for r = 1, 2, ...: a multiplication, then an addition, in fp32
     out = acc, plus the shared expert's unrounded output if there is one, rounded once to the dtype
 
-``topk`` is an operation of torch that this family covers. ``experts`` and ``combine`` are made of covered operations:
-they give these bits under a policy.
+``topk`` is an operation of torch that this family covers. ``experts`` is made of covered operations and gives these bits
+under a policy; on a GPU, in bf16 and fp16, it runs the kernels of ``moe_cuda``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,13 @@ def topk(self: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted
     if not self.dim() or k > self.shape[dim] or k < 0:
         return NotImplemented  # torch's own kernel has the sentence for it, and a scalar has one value
     indices = torch.sort(self, dim=dim, descending=largest, stable=True)[1].narrow(dim, 0, k).contiguous()
-    return self.gather(dim, indices), indices  # sort's own values are not the bytes where those are of a NaN
+    return take(self, dim, indices), indices
+
+
+def take(x: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Tensor:
+    """``x.gather(dim, indices)`` byte for byte: torch's own gather and sort on CPU change the bytes of a 16-bit NaN."""
+    as_integers = {2: torch.int16, 4: torch.int32}.get(x.element_size()) if x.is_floating_point() else None
+    return x.gather(dim, indices) if as_integers is None else x.view(as_integers).gather(dim, indices).view(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,19 @@ class Experts:
 
 
 def unrounded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """linear in fp32 [..., out]: widening is exact, so it is the dtype's own chain without the last rounding."""
+    """linear in fp32 [..., out]: the dtype's own chain without the last rounding (on CPU because widening is exact)."""
+    if on_matrix_unit(x):
+        from detinfer.ops import moe_cuda
+
+        rows = x.flatten(0, -2)
+        found = moe_cuda.product(rows, weight[None], None if bias is None else bias[None], unrounded=True)
+        return found.view(*x.shape[:-1], -1)
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
+def on_matrix_unit(x: torch.Tensor) -> bool:
+    """Whether experts run on the kernels of ``moe_cuda``: bf16 and fp16 on a GPU."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def outputs(x: torch.Tensor, chosen: torch.Tensor, layer: Experts) -> torch.Tensor:
@@ -102,6 +119,10 @@ def experts(
 
     Experts outside of 0 .. experts - 1 raise an IndexError. Returns [tokens, hidden] of the dtype of ``x``.
     """
+    if on_matrix_unit(x):
+        from detinfer.ops import moe_cuda
+
+        return moe_cuda.experts(x, chosen, weights, layer, shared)
     return combine(weights, outputs(x, chosen, layer), x.dtype, shared)
 
 
@@ -112,10 +133,9 @@ REDUCES: frozenset[str] = frozenset()
 """None of them contains a sum."""
 
 
-def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
-    """Compare ``topk`` with the reference on ties, zeros of both signs, NaN and infinities; (results, their bytes)."""
-    native.dtype_code(dtype, op)
-    evidence = Evidence(op, dtype)
+def choices(dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, int, bool, int, torch.Tensor]]:
+    """Rows [5, n] with ties, zeros of both signs, NaN and infinities; k, largest, the dimension to lay them along, and the
+    reference's indices [5, k]."""
     for n in (2, *WIDTHS[1:5]):
         random = np.random.default_rng(n)
         few = random.integers(-2, 3, (5, n)).astype(np.float32)
@@ -127,10 +147,16 @@ def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
         for k in (1, 2, min(n, 9)):
             for largest in (True, False):
                 index = torch.from_numpy(reference.top_k(to_values(x), k, largest))
-                picked = x.gather(1, index)
-                for tensor, dim in ((x, 1), (x.t().contiguous(), 0)):
-                    values, indices = COVERED[op](tensor, k, dim, largest)
-                    where = f"{k} of {n}, {'greatest' if largest else 'least'}, dimension {dim}"
-                    evidence.expect(indices if dim else indices.t().contiguous(), index, f"{where}, indices")
-                    evidence.expect(values if dim else values.t().contiguous(), picked, f"{where}, values")
+                yield from ((x, k, largest, dim, index) for dim in (1, 0))
+
+
+def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
+    """Compare ``topk`` with the reference on ``choices``; (results compared, their bytes), or Diverged."""
+    native.dtype_code(dtype, op)
+    evidence = Evidence(op, dtype)
+    for x, k, largest, dim, index in choices(dtype):
+        values, indices = COVERED[op](x if dim else x.t().contiguous(), k, dim, largest)
+        where = f"{k} of {x.shape[1]}, {'greatest' if largest else 'least'}, dimension {dim}"
+        evidence.expect(indices if dim else indices.t().contiguous(), index, f"{where}, indices")
+        evidence.expect(values if dim else values.t().contiguous(), take(x, 1, index), f"{where}, values")
     return evidence.total()

@@ -25,7 +25,17 @@ def experts_forward(
 
     Raises RefusedError for expert parallelism, whose ranks add up what they have, and for a norm after each expert.
     """
-    return moe.experts(hidden_states, top_k_index, top_k_weights, layer_of(self))
+    layer = layer_of(self)
+    _settle_experts(hidden_states)
+    return moe.experts(hidden_states, top_k_index, top_k_weights, layer)
+
+
+def _settle_experts(x: torch.Tensor) -> None:
+    """Elsewhere they are made of covered operations, each of which is decided by itself."""
+    if moe.on_matrix_unit(x):
+        from detinfer.ops import moe_cuda_proof
+
+        settle("detinfer::experts", x, "cuda/moe", moe_cuda_proof.prove_experts, portable=False)
 
 
 def layer_of(module: Any) -> moe.Experts:
@@ -50,6 +60,7 @@ def shared_experts_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tens
     """A layer with ``gate``, ``experts`` and ``shared_experts`` (DeepSeek-V3): the shared expert last, one rounding."""
     _, weights, chosen = self.gate(hidden_states)
     x = hidden_states.view(-1, hidden_states.shape[-1])
+    _settle_experts(x)
     mlp = self.shared_experts
     inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
     shared = moe.unrounded(inner, mlp.down_proj.weight, mlp.down_proj.bias)
@@ -75,8 +86,14 @@ def sinks_forward(
     mask = attention_mask
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
-    settle(attention_sinks.NAME, query, "csrc/attention", attention_sinks.prove)
-    causal = mask is None and query.shape[2] > 1
     sinks: Any = module.sinks
+    causal = mask is None and query.shape[2] > 1
+    if query.is_cuda:
+        from detinfer.ops import attention_cuda
+
+        settle(attention_sinks.NAME, query, "cuda/attention", attention_sinks.prove_cuda, portable=False)
+        out = attention_cuda.attention(query, key, value, causal=causal, mask=mask, sinks=sinks, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+    settle(attention_sinks.NAME, query, "csrc/attention", attention_sinks.prove)
     out = attention_sinks.attention_with_sinks(query, key, value, sinks, mask, causal, scaling)
     return out.transpose(1, 2).contiguous(), None

@@ -1,0 +1,157 @@
+"""Mixtures of experts on a GPU: a token's bytes are those of the token alone, by the plain kernel and in every tile."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from detinfer import bits
+from detinfer.bits import first_mismatch
+from detinfer.errors import RefusedError, UnsupportedDtype, UsageError
+from detinfer.ops import matmul_cuda, moe, moe_cuda, moe_cuda_proof
+from detinfer.ops.moe_cuda_proof import numbers, operands
+from detinfer.reference import moe as reference
+
+HALVES = moe_cuda.HALVES
+SHAPES = {
+    # experts, places, hidden, inner, transposed with biases
+    "mixtral": (8, 2, 512, 1792, False),
+    "qwen3_moe": (128, 8, 2048, 768, False),
+    "gpt_oss": (32, 4, 2880, 2880, True),
+    "odd": (5, 3, 51, 33, True),
+}
+pytestmark = pytest.mark.gpu
+
+
+def silu_gate(both: torch.Tensor) -> torch.Tensor:
+    left, right = both.chunk(2, dim=-1)
+    return torch.nn.functional.silu(left) * right
+
+
+def case(name: str, tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """x, chosen, weights and layer; in odd tokens the last place has the first one's expert and nearly cancels it."""
+    experts, many, hidden, inner, transposed = SHAPES[name]
+    x, up, up_bias = operands(tokens, experts, hidden, 2 * inner, dtype, transposed)
+    _, down, down_bias = operands(1, experts, inner, hidden, dtype, transposed)
+    random = np.random.default_rng(4)
+    chosen = np.stack([random.permutation(experts)[:many] for _ in range(tokens)])
+    chosen[tokens // 2 :] = chosen[0]  # a few experts have most of the tokens
+    weights = numbers(5, tokens, many).abs()
+    chosen[1::2, -1], weights[1::2, -1] = chosen[1::2, 0], -weights[1::2, 0] * (1 + 2.0**-19)
+    if transposed:
+        layer = moe.Experts(up.mT, down.mT, silu_gate, up_bias, down_bias, transposed=True)
+    else:
+        layer = moe.Experts(up, down, silu_gate)
+    return x / 128, torch.from_numpy(chosen).cuda(), weights, layer
+
+
+def places(name: str) -> int:
+    """Of two places the sum has one order only."""
+    return SHAPES[name][1]
+
+
+def expect(found: torch.Tensor, expected: torch.Tensor, where: object = None) -> None:
+    assert first_mismatch(found.cpu(), expected.cpu()) is None, (where, first_mismatch(found.cpu(), expected.cpu()))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=bits.dtype_name)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_token_does_not_see_the_others(name: str, dtype: torch.dtype) -> None:
+    """Alone, in batches of every size to 40 at other places, beside experts with one token and with most of them."""
+    tokens = 96
+    x, chosen, weights, layer = case(name, tokens, dtype)
+    whole = moe_cuda.experts(x, chosen, weights, layer, path="reference")
+    assert bool(torch.isfinite(whole).all())
+    assert torch.unique(whole, dim=0).shape[0] == tokens, "tokens differ from each other"
+    for rows in moe_cuda.TILE_ROWS:
+        expect(moe_cuda.experts(x, chosen, weights, layer, tile_rows=rows), whole, f"tiles of {rows}")
+    expect(moe.experts(x, chosen, weights, layer), whole, "the rule's own tiles")
+    for count in itertools.chain(range(1, 41), (64, 95)):
+        start = 13 * count % (tokens - count + 1)
+        part = slice(start, start + count)
+        expect(moe_cuda.experts(x[part], chosen[part], weights[part], layer), whole[part], count)
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(1)).cuda()
+    expect(moe_cuda.experts(x[order], chosen[order], weights[order], layer), whole[order], "another order")
+    turned = moe_cuda.experts(x, chosen.flip(1), weights.flip(1), layer)
+    assert places(name) == 2 or first_mismatch(turned.cpu(), whole.cpu()) is not None, "the order would not show"
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=bits.dtype_name)
+def test_products_are_linears(dtype: torch.dtype) -> None:
+    """Each row of a grouped product has the bytes of ``linear`` with its expert's weight, and is right."""
+    x, w, bias = operands(60, 6, 264, 200, dtype)
+    chosen = torch.from_numpy(np.random.default_rng(0).integers(0, 6, (60, 2))).cuda()
+    groups = moe_cuda.Groups(chosen, 6)
+    for across in (w, w.mT.contiguous().mT):
+        found = moe_cuda.product(x, across, bias, groups, places=2)
+        wide = moe_cuda.product(x, across, bias, groups, places=2, unrounded=True)
+        expect(wide.to(dtype), found, "one rounding")
+        for a, expert in enumerate(chosen.flatten().tolist()):
+            row = x[a // 2 : a // 2 + 1]
+            expect(found[a : a + 1], matmul_cuda.linear(row, w[expert], bias[expert], path="reference"), a)
+            exact = row.double() @ w[expert].double().t()
+            bound = row.double().abs() @ w[expert].double().abs().t() * 264 * 2.0**-23
+            assert bool(((wide[a].double() - bias[expert].double() - exact).abs() <= bound).all())
+
+
+def test_a_graph_replays_the_bytes() -> None:
+    """Captured at decode: other experts at replay, no wait for the device on the way."""
+    x, chosen, weights, layer = case("qwen3_moe", 8, torch.bfloat16)
+    other = (chosen + 17) % 128
+    wanted = [moe_cuda.experts(x, one, weights, layer) for one in (chosen, other)]
+    static = chosen.clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = moe_cuda.experts(x, static, weights, layer)
+    for one, expected in zip((chosen, other), wanted, strict=True):
+        static.copy_(one)
+        graph.replay()
+        expect(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=bits.dtype_name)
+def test_topk(dtype: torch.dtype) -> None:
+    assert moe_cuda.prove("aten::topk", dtype)[0] > 1000
+    x = numbers(1, 3, 4, 9, dtype=dtype)
+    for dim in (0, 1, 2, -1):
+        values, index = moe_cuda.topk(x, 2, dim)
+        expect(index, moe.topk(x.cpu(), 2, dim)[1], dim)
+        expect(values, moe.topk(x.cpu(), 2, dim)[0], dim)
+    assert moe_cuda.topk(x, 10) is NotImplemented
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=bits.dtype_name)
+def test_proof(dtype: torch.dtype) -> None:
+    assert moe_cuda_proof.prove_experts(dtype)[0] > 10000
+
+
+def test_what_does_not_fit() -> None:
+    x, chosen, weights, layer = case("odd", 4, torch.bfloat16)
+    chosen[2, 1] = 9
+    found = moe_cuda.experts(x, chosen, weights, layer)
+    assert bool(found[2].isnan().all()) and not bool(found[[0, 1, 3]].isnan().any()), "an expert that is not there"
+    assert moe_cuda.experts(x[:0], chosen[:0], weights[:0], layer).shape == (0, 51)
+    with pytest.raises(UnsupportedDtype):
+        moe_cuda.product(x.float(), layer.up.float())
+    with pytest.raises(UsageError, match="the last dimensions differ"):
+        moe_cuda.product(x, layer.down)
+    with pytest.raises(RefusedError, match="1024 at most"):
+        moe_cuda.Groups(chosen, 1025)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_the_sum_over_places_is_the_references(tokens: int) -> None:
+    """The CPU's bytes: multiplications and additions alone."""
+    weights, found, shared = numbers(1, tokens, 6), numbers(2, tokens, 6, 77), numbers(3, tokens, 77)
+    found[:, 5], weights[:, 5] = -found[:, 0], weights[:, 0] * (1 + 2.0**-19)
+    chosen = torch.zeros(tokens, 6, dtype=torch.int64, device="cuda")
+    for dtype in (torch.float32, *HALVES):
+        got = moe_cuda.combine(chosen, weights, found, 1, dtype, shared)
+        values = reference.combine(weights.cpu().numpy(), found.cpu().numpy(), shared.cpu().numpy())
+        expect(got, moe_cuda_proof.from_values(values, dtype))
+        expect(got, moe.combine(weights.cpu(), found.cpu(), dtype, shared.cpu()))
