@@ -304,7 +304,7 @@ class CudaCommunicator:
             comm, self._comm = self._comm, 0
             with torch.cuda.device(self.device):
                 torch.cuda.synchronize()
-                gpu.check(gpu.library().detinfer_gpu_destroy(comm))
+                gpu.destroy(comm)
                 for address in self._opened:
                     gpu.close_handle(address)
                 if self._own:
@@ -356,7 +356,7 @@ def connect(
     with torch.cuda.device(where):
         # A rank that cannot go on says so in what it sends: the others would wait for it.
         mine: dict[str, Any] = {"host": _host()}
-        own, problem, opened = 0, None, []
+        own, comm, problem, opened = 0, 0, None, []
         try:
             if geometry is None or paths is None:
                 tuned = chosen(torch.cuda.get_device_name(where), size)
@@ -385,6 +385,8 @@ def connect(
             answers = _told(group, size, problem and str(problem))
             wrong = {peer: text for peer, text in enumerate(answers) if text}
         if wrong:
+            if comm:
+                gpu.destroy(comm)
             for address in opened:
                 gpu.close_handle(address)
             if own:

@@ -189,6 +189,11 @@ def create(config: Config, buffers: Sequence[int]) -> int:
     return comm.value
 
 
+def destroy(comm: int) -> None:
+    """Free a communicator, of which no kernel runs any more; not its buffers."""
+    check(library().detinfer_gpu_destroy(comm))
+
+
 def fault_of(comm: int) -> Fault:
     """What has failed; code 0: nothing. Waits for nothing."""
     fault = Fault()
