@@ -2,6 +2,8 @@
 
 ``python distributed_cases.py FOLDER``: four processes, forked from one that has imported everything, form worlds of 2, 3
 and 4 ranks one after the other and run every case in each. The test reads ``FOLDER/SIZE-RANK.json``.
+
+``python distributed_cases.py FOLDER cuda``: a process for each GPU, NCCL in place of gloo, the same cases on its tensors.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class World:
 
     def own(self) -> torch.Tensor:
         """This rank's elements: a new tensor each time."""
-        return torch.from_numpy(self.parts[self.rank].view(np.float32).copy())
+        return torch.from_numpy(self.parts[self.rank].view(np.float32).copy()).to(torch.get_default_device())
 
     def slice(self, whole: bytes) -> bytes:
         """This rank's slice of ``whole``."""
@@ -339,14 +341,14 @@ def _since(before: Any, now: Any) -> dict[str, int]:
     }
 
 
-def run_world(rank: int, size: int, folder: Path) -> None:
-    """Every case at one size, on this rank: first gloo's own, then inside the policy, traced and trusted."""
+def run_world(rank: int, size: int, folder: Path, device: str) -> None:
+    """Every case at one size, on this rank: first the backend's own, then inside the policy, traced and trusted."""
     import distributed_extras
 
-    start = f"file://{folder}/store-{size}"
-    dist.init_process_group("gloo", init_method=start, rank=rank, world_size=size, timeout=timedelta(seconds=300))
+    start, backend = f"file://{folder}/store-{size}", "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, init_method=start, rank=rank, world_size=size, timeout=timedelta(seconds=300))
     w = World(rank, size)
-    w.mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
+    w.mesh = init_device_mesh(device, (size,), mesh_dim_names=("tp",))
     found: dict[str, Any] = {
         "rotated": [w.sum([*range(f, size), *range(f)]) != w.total for f in range(1, size)],
         "plain": {name: outcome(function, w) for name, function in CASES.items()},
@@ -362,31 +364,36 @@ def run_world(rank: int, size: int, folder: Path) -> None:
         found["trusted"] = {name: outcome(CASES[name], w) for name in TRUSTED}
     found["again"] = {name: outcome(CASES[name], w) for name in ("all_reduce", "functional_all_reduce")}
     for name, extra in distributed_extras.EXTRAS.items():
-        found[name] = extra(w, folder)
+        if device == "cpu":
+            found[name] = extra(w, folder)
     (folder / f"{size}-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def work(rank: int, folder: Path) -> None:
+def work(rank: int, folder: Path, sizes: tuple[int, ...] = SIZES, device: str = "cpu") -> None:
     """One process: a rank of every world that is large enough."""
     warnings.simplefilter("ignore")
     faulthandler.dump_traceback_later(300, exit=True)  # where a rank that waits for ever stands
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(f"cuda:{rank}")
     try:
-        for size in SIZES:
+        for size in sizes:
             if rank < size:
-                run_world(rank, size, folder)
+                run_world(rank, size, folder, device)
     except BaseException:
         (folder / f"crash-{rank}.txt").write_text(traceback.format_exc())
         raise
 
 
-def main(folder: Path) -> int:
-    """Fork the processes and wait for them."""
+def main(folder: Path, device: str = "cpu") -> int:
+    """Fork the processes (a GPU's cannot be forked: start them) and wait for them."""
     import distributed_extras  # noqa: F401  (what it imports is imported once)
 
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=work, args=(rank, folder)) for rank in range(max(SIZES))]
+    sizes = SIZES if device == "cpu" else (min(torch.cuda.device_count(), 8),)
+    start: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    processes = [start.Process(target=work, args=(rank, folder, sizes, device)) for rank in range(max(sizes))]
     for process in processes:
         process.start()
     for process in processes:
@@ -398,4 +405,4 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     # The extras import this file by its name: one module, not two.
     sys.modules["distributed_cases"] = sys.modules["__main__"]
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
