@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class deterministic:
-    """Run the code inside a block, or a decorated function, under a policy: CPU, inference only.
+    """Run the code inside a block, or a decorated function, under a policy: inference, on CPU and on CUDA devices.
 
         with deterministic("batch"):
             logits = model(tokens)
@@ -49,7 +49,7 @@ class deterministic:
     open, on every thread; tracing and gradients belong to the thread that entered. Enter and leave while no other
     thread runs torch operations, since torch's operator table changes under them.
 
-    Functions made by torch.compile run uncompiled inside, if they were made before the block was entered.
+    Functions made by torch.compile, before the block or inside it, run uncompiled inside.
 
     Raises UsageError for arguments that make no sense and, at entry, for an engine's environment switch that contradicts
     the policy (``policy.switches``), and RefusedError at entry for scope ``tp`` and when subnormal
@@ -117,12 +117,37 @@ class deterministic:
         return cast(F, inside)
 
 
-def _uncompiled() -> AbstractContextManager[object]:
+@contextmanager
+def _uncompiled() -> Iterator[None]:
     """Functions made by torch.compile run as they were written: compiled kernels pass by the overrides."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()  # nothing can have been compiled, and the import takes seconds
-    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return eager
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(_eager())
+            yield
+            return
+        # Nothing can have been compiled yet, and the import takes seconds: wait until somebody asks for it.
+        original = torch.compile
+        held: list[object] = []  # the stance, once it is taken
+
+        @functools.wraps(original)
+        def first(*args: Any, **kwargs: Any) -> Any:
+            compiled = original(*args, **kwargs)  # an outer block's comes first, and ends last
+            if not held:
+                held.append(stack.enter_context(_eager()))
+            return compiled
+
+        torch.compile = first
+        try:
+            yield
+        finally:
+            held.append(None)  # where another thread's block has put its own in front, this one does nothing from now on
+            if torch.compile is first:
+                torch.compile = original
+
+
+def _eager() -> AbstractContextManager[object]:
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _check_subnormals() -> None:

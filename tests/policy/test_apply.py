@@ -400,6 +400,31 @@ def test_compiled_functions_run_as_written(fake: Any) -> None:
     assert not shifted(compiled(X))
 
 
+def test_what_is_compiled_first_inside_a_block_runs_as_written() -> None:
+    """In a process where nothing was compiled before: in nested blocks too, and compiled code runs after them."""
+    code = """
+import sys, torch
+from detinfer.policy import deterministic
+assert "torch._dynamo" not in sys.modules
+before, graphs, x = torch.compile, [], torch.arange(1.0, 6.0)
+twice = lambda x: torch.rsqrt(x) * 2
+def backend(graph, inputs):
+    graphs.append(graph)
+    return graph
+with deterministic("batch", uncovered="trust"):
+    assert "torch._dynamo" not in sys.modules
+    with deterministic("batch", uncovered="trust"):
+        compiled = torch.compile(twice, backend=backend)
+        inner = compiled(x)
+    for got in (inner, compiled(x), torch.compile(twice, backend=backend)(x)):
+        assert got.view(torch.int32).tolist() == twice(x).view(torch.int32).tolist()
+assert torch.compile is before and not graphs
+compiled(x)
+assert len(graphs) == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_detinfer_does_not_import_torch() -> None:
     """The names load what they need when they are used."""
     code = """
