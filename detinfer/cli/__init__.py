@@ -13,6 +13,7 @@ from detinfer import errors
 from detinfer.cli import ranks
 from detinfer.cli.bench import bench
 from detinfer.cli.env import env
+from detinfer.cli.locate import locate
 from detinfer.cli.policy import policy
 from detinfer.cli.record import record
 from detinfer.cli.run import run as run_command
@@ -36,7 +37,7 @@ def cli() -> None:
     """Deterministic inference: record a model's layers, replay them, assert identical bytes."""
 
 
-for _command in (record, verify, policy, run_command, env, bench):
+for _command in (record, verify, locate, policy, run_command, env, bench):
     cli.add_command(_command)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from detinfer.cli import options, ranks, vectors
+from detinfer.cli.opened import opened
 from detinfer.errors import UsageError
 from detinfer.policy.policy import Reductions
 
@@ -74,36 +73,14 @@ def verify(
     if is_vectors(golden):
         context.exit(vectors.verify(golden, tp, json_file))
     from detinfer.goldens import axes
-    from detinfer.goldens.format import Golden
-    from detinfer.goldens.prepare import policy_of, prepare_again
-    from detinfer.goldens.verify import Options, check_ranks, check_target, requests_of
+    from detinfer.goldens.inputs import Options
     from detinfer.goldens.verify import verify as verify_golden
-    from detinfer.models import targets
     from detinfer.reporters import json as json_reporter
     from detinfer.reporters import text
 
     chosen = Options(n_trials, seed, layers, batch_sizes, control, fail_fast, only_trial, axes.chosen(axis_names))
     console = Console(stderr=True, highlight=False, quiet=ranks.number() > 0)
-    with ExitStack() as stack:
-        with console.status("reading the golden") as status:
-            held = Golden.read(golden)
-            size = ranks.size(tp, held.manifest.ranks)
-            check_ranks(held, size)
-            recorded = held.manifest.target
-            where = targets.checked(device or ("cuda" if held.manifest.environment.get("gpu") else "cpu"))
-            targets.check_ranks(spec or recorded["spec"], size)
-            status.stop()
-            ranks.start(context, size)
-            status.start()
-            everyone = stack.enter_context(ranks.joined(size))
-            status.update("loading the model")
-            dtype = options.dtype(recorded["dtype"])
-            policy = policy_of(held)
-            policy = replace(policy, reductions=reductions or policy.reductions)
-            seed_then = held.manifest.inputs["seed"]
-            target = targets.load(spec or recorded["spec"], dtype, seed_then, everyone, where, policy.reductions)
-            check_target(held, target, policy)
-            requests = requests_of(held, target, prepare_again(target))
+    with opened(context, golden, console, spec=spec, device=device, tp=tp, reductions=reductions) as held:
         columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("inputs")
@@ -111,10 +88,11 @@ def verify(
             def progress(part: str, done: int, total: int) -> None:
                 bar.update(task, description=part, completed=done, total=total)
 
-            result = verify_golden(held, target, requests, policy, chosen, progress, everyone)
-        if everyone.rank == 0:
+            parts = held.golden, held.target, held.requests, held.policy
+            result = verify_golden(*parts, chosen, progress, held.ranks)
+        if held.ranks.rank == 0:
             if json_file is not None:
                 json_reporter.write(result, json_file)
             text.show(result, Console(highlight=False))
-        everyone.share(None)  # a launcher may end the others as soon as one leaves with a verdict
+        held.ranks.share(None)  # a launcher may end the others as soon as one leaves with a verdict
     context.exit(result.exit_code())

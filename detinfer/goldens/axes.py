@@ -150,7 +150,7 @@ class Walk:
     @bits.unseen
     def _judge(self, axis: Axis, number: int, rows: Rows, found: AxisResult) -> None:
         wanted = torch.stack([self._expected[request][position] for request, position in rows.places])
-        compared = compare({"tensor": rows.logits}, {"tensor": wanted})
+        compared = compare({"tensor": rows.flat()}, {"tensor": wanted})
         found.comparisons += 1
         found.rows_compared += compared.compared
         found.rows_differing += compared.differing

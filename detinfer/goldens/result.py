@@ -45,6 +45,39 @@ class Divergence:
     axis: str = ""
 
 
+@dataclass(frozen=True)
+class Cause:
+    """The first operation whose results differ although the request is the same.
+
+    ``path`` is the module that calls it, ``alone`` and ``other`` the shapes of its operands on both sides, ``index`` the
+    element of the request's part of the result. ``inputs_differing`` numbers operands that differ already (none, unless
+    the two runs reach the operation by different ones, ``only_there``), ``inputs_unknown`` those of which it cannot be
+    told what belongs to the request; ``repeats`` says whether the operation gives its bytes again when it is run again
+    on either side. ``batch`` is the smallest number of rows that still shows it, ``requests`` those
+    in them, ``kernels_*`` the GPU kernels of both sides.
+    """
+
+    operation: str
+    path: str
+    dtype: str
+    alone: str
+    other: str
+    index: tuple[int, ...]
+    got: str
+    expected: str
+    ulp: int | None
+    elements: int
+    elements_differing: int
+    inputs_differing: list[int] = field(default_factory=list)
+    inputs_unknown: list[int] = field(default_factory=list)
+    only_there: list[str] = field(default_factory=list)
+    repeats: bool = True
+    batch: int | None = None
+    requests: list[int] = field(default_factory=list)
+    kernels_alone: list[str] = field(default_factory=list)
+    kernels_other: list[str] = field(default_factory=list)
+
+
 @dataclass
 class AxisResult:
     """One way in which a run may change (``axes.NAMES``), and how often and with what outcome it was changed.
@@ -111,6 +144,7 @@ class Invariance:
     order_free: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     axes: list[AxisResult] = field(default_factory=list)
+    cause: Cause | None = None
 
 
 @dataclass
@@ -149,11 +183,12 @@ class Control:
     units: list[Tally] = field(default_factory=list)
     first: Divergence | None = None
     axes: list[AxisResult] = field(default_factory=list)
+    cause: Cause | None = None
 
 
 @dataclass
 class Result:
-    """Everything that ``detinfer verify`` found."""
+    """Everything that ``detinfer verify`` found; ``sweep`` holds the options that a trial is planned from."""
 
     path: str
     target: str
@@ -167,6 +202,7 @@ class Result:
     decisions: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     schema: int = SCHEMA
+    sweep: dict[str, Any] = field(default_factory=dict)
 
     def exit_code(self) -> int:
         """Diverged before stale before vacuous; the control is never judged."""

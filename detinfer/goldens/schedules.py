@@ -1,7 +1,7 @@
 """Ways of running a language model's requests that must not change a bit: each gives logits whose rows are known.
 
-The reference of every way is the same: the request alone, prefill then one token at a time. ``Rows`` says of each row
-of logits which request it belongs to and at which position, so that one table of expected rows serves all of them. A
+The reference of every way is the same: the request alone, prefill then one token at a time. ``Rows`` says what of a call's
+logits belongs to which request and at which position, so that one table of expected rows serves all of them. A
 row depends on its own token and those before it alone, so a prefix of a request is a request too.
 """
 
@@ -20,12 +20,38 @@ from detinfer.goldens.runner import Request, Target
 
 
 @dataclass(frozen=True)
+class Part:
+    """Positions ``start`` to ``end`` of a request in one row of a batch, its tokens from ``at`` on.
+
+    Of the row's keys the request's own begin at ``gap``, and the first ``keys`` of them are its first positions (None:
+    all of them).
+    """
+
+    request: int
+    start: int
+    end: int
+    at: int = 0
+    gap: int = 0
+    keys: int | None = None
+
+
+@dataclass(frozen=True)
 class Rows:
-    """Logits [rows, vocabulary] with the (request, position) of each row, and how they came to be."""
+    """One call's logits [B, S, vocabulary], what is in each of its rows, and how they came to be."""
 
     how: str
-    places: list[tuple[int, int]]
+    parts: list[Part]
     logits: torch.Tensor
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """(request, position) of each row of ``flat``."""
+        return [(part.request, position) for part in self.parts for position in range(part.start, part.end)]
+
+    def flat(self) -> torch.Tensor:
+        """The rows of logits that belong to a request: [rows, vocabulary]."""
+        held = [self.logits[row, p.at : p.at + p.end - p.start] for row, p in enumerate(self.parts)]
+        return torch.cat(held)
 
 
 class Model:
@@ -62,29 +88,21 @@ def _company(model: Model, rng: random.Random, most: int) -> list[int]:
     return [rng.choice(alike) for _ in range(rng.randint(2, most))]
 
 
-def _span(request: int, start: int, end: int) -> list[tuple[int, int]]:
-    return [(request, position) for position in range(start, end)]
-
-
-def _flat(logits: torch.Tensor) -> torch.Tensor:
-    return logits.reshape(-1, logits.shape[-1])
-
-
 def permutation(model: Model, rng: random.Random) -> Iterator[Rows]:
     """One batch twice, its rows in another order the second time."""
     batch = _company(model, rng, 16)
     turned = batch[::-1] if batch[::-1] != batch else [*batch[1:], batch[0]]
     for order in (batch, turned):
         logits, _ = model([model.tokens[i][: model.prompts[i]] for i in order])
-        yield Rows(f"rows {order}", [p for i in order for p in _span(i, 0, model.prompts[i])], _flat(logits))
+        yield Rows(f"rows {order}", [Part(i, 0, model.prompts[i]) for i in order], logits)
 
 
 def prefill_decode(model: Model, rng: random.Random) -> Iterator[Rows]:
     """What was decoded token by token, now in one prefill with the prompt."""
     batch = _company(model, rng, 4)
     logits, _ = model([model.tokens[i] for i in batch])
-    places = [p for i in batch for p in _span(i, 0, len(model.tokens[i]))]
-    yield Rows(f"prefill of {len(model.tokens[batch[0]])} tokens", places, _flat(logits))
+    length = len(model.tokens[batch[0]])
+    yield Rows(f"prefill of {length} tokens", [Part(i, 0, length) for i in batch], logits)
 
 
 def chunks(model: Model, rng: random.Random) -> Iterator[Rows]:
@@ -95,7 +113,7 @@ def chunks(model: Model, rng: random.Random) -> Iterator[Rows]:
     cache = None
     for start, end in zip([0, *cuts], [*cuts, length], strict=True):
         logits, cache = model([model.tokens[i][start:end] for i in batch], cache)
-        yield Rows(f"cut at {cuts}", [p for i in batch for p in _span(i, start, end)], _flat(logits))
+        yield Rows(f"cut at {cuts}", [Part(i, start, end) for i in batch], logits)
 
 
 def speculative(model: Model, rng: random.Random) -> Iterator[Rows]:
@@ -107,8 +125,8 @@ def speculative(model: Model, rng: random.Random) -> Iterator[Rows]:
     logits, cache = model([[rng.choice(model.tokens[i]) for _ in range(step)] for i in batch], cache)
     crop(cache, start)
     logits, cache = model([model.tokens[i][start : start + step] for i in batch], cache)
-    places = [p for i in batch for p in _span(i, start, start + step)]
-    yield Rows(f"{step} tokens in one step after {start}, {step} others taken back before", places, _flat(logits))
+    how = f"{step} tokens in one step after {start}, {step} others taken back before"
+    yield Rows(how, [Part(i, start, start + step) for i in batch], logits)
 
 
 def prefix(model: Model, rng: random.Random) -> Iterator[Rows]:
@@ -120,7 +138,7 @@ def prefix(model: Model, rng: random.Random) -> Iterator[Rows]:
     _, cache = model([[*tokens[:kept], *other[: rng.randint(1, len(other))]]])
     crop(cache, kept)
     logits, _ = model([tokens[kept:]], cache)
-    yield Rows(f"{kept} tokens from a warm cache", _span(request, kept, len(tokens)), _flat(logits))
+    yield Rows(f"{kept} tokens from a warm cache", [Part(request, kept, len(tokens))], logits)
 
 
 def crop(cache: Any, length: int) -> None:
@@ -143,7 +161,7 @@ def static_cache(model: Model, rng: random.Random) -> Iterator[Rows]:
     cache = StaticCache(config=model.module.config, max_cache_len=size)
     for first, last in [(0, start), *((i, i + 1) for i in range(start, end))]:
         logits, _ = model([model.tokens[i][first:last] for i in batch], cache)
-        yield Rows(f"{size} slots", [p for i in batch for p in _span(i, first, last)], _flat(logits))
+        yield Rows(f"{size} slots", [Part(i, first, last) for i in batch], logits)
 
 
 def left_padding(model: Model, rng: random.Random) -> Iterator[Rows]:
@@ -169,21 +187,23 @@ def _padded(model: Model, rng: random.Random, left: bool) -> Iterator[Rows]:
         positions.append([0] * gap + list(range(length)) if left else [*range(length), *[length - 1] * gap])
     how = f"lengths {lengths} padded {'in front' if left else 'behind'} to {width}"
     logits, cache = model(rows, attention_mask=model.ids(masks), position_ids=model.ids(positions))
-    held = [logits[r, width - n :] if left else logits[r, :n] for r, n in enumerate(lengths)]
-    yield Rows(how, [p for i, n in zip(batch, lengths, strict=True) for p in _span(i, 0, n)], torch.cat(held))
-    for step in range(min(len(model.tokens[i]) - n for i, n in zip(batch, lengths, strict=True))):
-        places = [(i, n + step) for i, n in zip(batch, lengths, strict=True)]
+    rows_of = list(zip(batch, lengths, strict=True))
+    if left:
+        yield Rows(how, [Part(i, 0, n, at=width - n, gap=width - n) for i, n in rows_of], logits)
+    else:
+        yield Rows(how, [Part(i, 0, n) for i, n in rows_of], logits)
+    for step in range(min(1 + _PADDED_STEPS, *(len(model.tokens[i]) - n for i, n in rows_of))):
         for mask in masks:
             mask.append(1)
         logits, cache = model(
-            [[model.tokens[i][position]] for i, position in places],
+            [[model.tokens[i][n + step]] for i, n in rows_of],
             cache,
             attention_mask=model.ids(masks),
-            position_ids=model.ids([[position] for _, position in places]),
+            position_ids=model.ids([[n + step] for _, n in rows_of]),
         )
-        yield Rows(f"{how}, {step + 1} decoded", places, _flat(logits))
-        if step == _PADDED_STEPS:
-            break
+        gaps = [{"gap": width - n} if left else {"keys": n} for n in lengths]
+        parts = [Part(i, n + step, n + step + 1, **gap) for (i, n), gap in zip(rows_of, gaps, strict=True)]
+        yield Rows(f"{how}, {step + 1} decoded", parts, logits)
 
 
 _PADDED_STEPS = 3
@@ -197,7 +217,7 @@ def threads(model: Model, rng: random.Random) -> Iterator[Rows]:
         for count in sorted({1, 2, 3, before} - {before}):
             torch.set_num_threads(count)
             logits, _ = model([model.tokens[request]])
-            yield Rows(f"{count} threads", _span(request, 0, len(model.tokens[request])), _flat(logits))
+            yield Rows(f"{count} threads", [Part(request, 0, len(model.tokens[request]))], logits)
     finally:
         torch.set_num_threads(before)
 

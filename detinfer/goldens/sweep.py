@@ -99,7 +99,7 @@ class Sweep:
         whole: dict[str, Dimensions] | None,
         command: Callable[[str, int], str] = lambda unit, trial: "",
     ) -> None:
-        self._target, self._requests, self._units = target, requests, units
+        self.target, self.requests, self._units = target, requests, units
         self._whole, self._command = whole, command
         self.results: dict[Key, Node] = {}
         """What the whole model gave for each request alone; filled by ``alone``."""
@@ -114,8 +114,8 @@ class Sweep:
                 unit.alone[key] = unit.run([key])
                 yield unit, key, unit.alone[key]
         if self._whole is not None:
-            for index, request in enumerate(self._requests):
-                for step, node in enumerate(run(self._target, [request])):
+            for index, request in enumerate(self.requests):
+                for step, node in enumerate(run(self.target, [request])):
                     self.results[index, step] = node
                     yield None, (index, step), node
 
@@ -128,7 +128,7 @@ class Sweep:
                     nodes = [unit.alone[key] for key in keys]
                     self.found.tallies[unit.name].rows_possible += _possible(nodes, dimensions)
             if self._whole is not None:
-                for step in range(self._requests[trial.batch[0]].steps):
+                for step in range(self.requests[trial.batch[0]].steps):
                     nodes = [self.results[index, step] for index in trial.batch]
                     self.found.tallies[WHOLE].rows_possible += _possible(nodes, self._whole[phase(step)])
 
@@ -145,7 +145,7 @@ class Sweep:
             for part in self._parts(unit, trial):
                 self._judge(trial, unit, part, unit.run(part), unit.expected(part), unit.outputs_batch)
         if self._whole is not None:
-            results = run(self._target, [self._requests[index] for index in trial.batch])
+            results = run(self.target, [self.requests[index] for index in trial.batch])
             for step, got in enumerate(results):
                 keys = [(index, step) for index in trial.batch]
                 expected = join([self.results[key] for key in keys], self._whole[phase(step)])

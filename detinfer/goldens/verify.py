@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from detinfer import bits, environment, native
-from detinfer.errors import GoldenError, UsageError
+from detinfer.errors import UsageError
 from detinfer.goldens import axes, stress_inputs, tree
-from detinfer.goldens.axes import NAMES, SWEPT, Walk
-from detinfer.goldens.capture import Call
-from detinfer.goldens.collect import WHOLE, collect
+from detinfer.goldens.axes import Walk
+from detinfer.goldens.cause.find import find
+from detinfer.goldens.collect import WHOLE
 from detinfer.goldens.compare import by_digests, compare
+from detinfer.goldens.control import run_control
 from detinfer.goldens.format import Golden
+from detinfer.goldens.inputs import Options, check_ranks, load_inputs, reductions_of
 from detinfer.goldens.merge import merge
 from detinfer.goldens.replay import Replay, replays
 from detinfer.goldens.result import AxisResult, Comparison, Control, Divergence, Invariance, Result, Sensitivity, Tally
 from detinfer.goldens.runner import Request
 from detinfer.goldens.stress import probe
 from detinfer.goldens.stress_ranks import probe_ranks
-from detinfer.goldens.sweep import Key, Sweep, Trial, divergence, plan
+from detinfer.goldens.sweep import Key, Sweep, Trial, divergence
 from detinfer.goldens.tree import Node
 from detinfer.goldens.units import pattern
 from detinfer.models.ranks import ALONE, Ranks
@@ -32,89 +34,6 @@ from detinfer.policy import Policy, deterministic
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the part under way, how much of it is done, and how much there is."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to run: ``only_trial`` redoes one trial of the ``n_trials``, and that case of each of the ``axes``."""
-
-    n_trials: int = 50
-    seed: int = 0
-    layers: str | None = None
-    batch_sizes: tuple[int, ...] | None = None
-    control: bool = False
-    fail_fast: bool = False
-    only_trial: int | None = None
-    axes: tuple[str, ...] = NAMES
-
-    def __post_init__(self) -> None:
-        if self.n_trials < 1:
-            raise UsageError(f"--n-trials {self.n_trials}: at least one trial is needed to say anything")
-        if self.batch_sizes is not None and (not self.batch_sizes or min(self.batch_sizes) < 1):
-            raise UsageError(f"--batch-sizes {self.batch_sizes}: sizes of 1 and more")
-        if self.only_trial is not None and self.only_trial < 0:
-            raise UsageError(f"--only-trial {self.only_trial}: trials are counted from 0")
-
-    def trials(self, requests: Sequence[Request]) -> list[Trial]:
-        """The trials to run, in order; none where no axis is chosen that trials vary."""
-        if not set(self.axes) & set(SWEPT):
-            return []
-        count = max(self.n_trials, (self.only_trial or 0) + 1)
-        planned = plan(requests, count, self.seed, self.batch_sizes)
-        return planned[: self.n_trials] if self.only_trial is None else [planned[self.only_trial]]
-
-    def cases(self) -> list[int]:
-        """The cases of each axis other than the trials': one for ten trials."""
-        return list(range(max(1, self.n_trials // 10))) if self.only_trial is None else [self.only_trial]
-
-    def redo(self, path: str, unit: str, trial: int | None, axis: str | None = None) -> str:
-        """The command that redoes one comparison."""
-        parts = ["detinfer", "verify", path, "--seed", str(self.seed)]
-        if axis is not None:
-            parts += ["--axes", axis]
-        if unit != WHOLE:
-            parts += ["--layers", f"'^{unit.partition('#')[0].replace('.', chr(92) + '.')}$'"]
-        if self.batch_sizes is not None:
-            parts += ["--batch-sizes", ",".join(map(str, self.batch_sizes))]
-        if trial is not None:
-            parts += ["--only-trial", str(trial)]
-        return " ".join(parts)
-
-
-def check_target(golden: Golden, target: Any, policy: Policy | None = None) -> None:
-    """GoldenError unless the target is the model that the golden was recorded from.
-
-    Under a ``policy`` of other reductions its layers are joined otherwise, of the same weights: the golden is stale then.
-    """
-    other = policy is not None and policy.reductions != _reductions(golden.manifest)
-    recorded = golden.manifest.target
-    dtype = str(target.dtype).removeprefix("torch.")
-    for what, now in (
-        ("class", target.class_name),
-        ("dtype", dtype),
-        ("config_digest", target.config_digest),
-        ("weights_digest", target.weights_digest),
-    ):
-        if recorded[what] != now and not (other and what == "config_digest"):
-            raise GoldenError(
-                f"{golden.path}: a golden of another model: its {what.replace('_', ' ')} is {recorded[what]}, that of "
-                f"{target.spec} is {now}. Verify the model that it was recorded from, or record this one"
-            )
-
-
-def requests_of(golden: Golden, target: Any, module_requests: Sequence[Request]) -> list[Request]:
-    """The recorded requests: prompts with the tokens chosen at each step, or what the module's factory gives."""
-    manifest = golden.manifest
-    if target.kind != "causal_lm":
-        found = [tree.map_tensors(r.arguments, lambda _, t: bits.digest(t)) for r in module_requests if r.arguments]
-        if found != manifest.inputs["requests"]:
-            raise GoldenError(f"{golden.path}: the factory {target.spec} gives other requests than were recorded")
-        return list(module_requests)
-    steps = manifest.inputs["decode_steps"] + 1
-    return [
-        Request(tokens=tuple(prompt["tokens"]), follow=tuple(tokens), steps=steps)
-        for prompt, tokens in zip(manifest.inputs["prompts"], manifest.outputs["tokens"], strict=True)
-    ]
 
 
 def verify(
@@ -135,7 +54,7 @@ def verify(
     matches = pattern(options.layers).search
     own = [unit for unit in manifest.units if unit.get("rank", 0) == ranks.rank]
     chosen = [unit for unit in own if matches(unit["name"]) is not None]
-    if _reductions(manifest) != policy.reductions:  # stale, and some layers are others: judge those that are here
+    if reductions_of(manifest) != policy.reductions:  # stale, and some layers are others: judge those that are here
         here = {name for name, _ in target.module.named_modules()}
         chosen = [unit for unit in chosen if unit["kind"] == "attention" or unit["name"] in here]
     if options.layers is not None and not chosen:
@@ -151,6 +70,7 @@ def verify(
         dtype=manifest.target["dtype"],
         policy=policy.to_json(),
         seed=options.seed,
+        sweep={"n_trials": max(options.n_trials, (options.only_trial or 0) + 1), "batch_sizes": options.batch_sizes},
         invariance=Invariance(),
         golden=Comparison(),
         control=Control(),
@@ -159,7 +79,7 @@ def verify(
 
     with deterministic(policy) as active:
         progress("inputs", 0, 1)
-        recomputed = _load_inputs(golden, target, requests, units, chosen, ranks)
+        recomputed = load_inputs(golden, target, requests, units, chosen, ranks)
         clock("inputs")
         sweep = Sweep(target, requests, units, whole, redo)
         result.golden = _judge_golden(golden, sweep, units, chosen, recomputed, progress, redo)
@@ -188,43 +108,25 @@ def verify(
     result.invariance = _invariance(sweep, trials, chosen, sensitivity, order_free, [*swept, *walk.results.values()])
     result.golden = _staleness(result.golden, manifest, target, result.decisions, policy)
 
+    if result.invariance.first is not None and ranks.size == 1:
+        progress("cause", 0, 1)
+        with deterministic(replace(policy, uncovered="trust")):
+            located = find(target, requests, units, trials, result.invariance.first, options.seed)
+        result.invariance.cause = located.cause if located is not None else None
+        clock("cause")
     if options.control:
-        control = Sweep(target, requests, units, whole, redo)
         half = trials[: (len(trials) + 1) // 2]
-        with torch.no_grad():
-            for _ in control.alone():
-                pass
-            control.expect(half)
-            for done, trial in enumerate(half):
-                progress("control", done, len(half))
-                control.trial(trial)
-                ranks.settle()
-            off = Walk(target, requests, control.results)
-            able = off.able([axis.name for axis in able])
-            _walk(off, able, cases[: (len(cases) + 1) // 2], options, progress, ranks)
-        differs = control.found.diverged_trials or any(axis.rows_differing for axis in off.results.values())
-        result.control = Control(
-            verdict="diverged" if differs else "same",
-            trials=len(half),
-            trials_diverged=len(control.found.diverged_trials),
-            rows_compared=control.found.rows_compared,
-            rows_differing=control.found.rows_differing,
-            units=list(control.found.tallies.values()),
-            first=control.found.divergences[0] if control.found.divergences else None,
-            axes=list(off.results.values()),
-        )
+        part = cases[: (len(cases) + 1) // 2]
+        control = Sweep(target, requests, units, whole, redo)
+        result.control = run_control(control, half, able, part, options.seed, progress, ranks)
+        first = result.control.first
+        if first is not None and result.invariance.first is None and ranks.size == 1:
+            with torch.no_grad():
+                located = find(target, requests, units, half, first, options.seed)
+            result.control.cause = located.cause if located is not None else None
         clock("control")
     ranks.settle()
     return merge(ranks.share(result), ranks.share(ranks.held))
-
-
-def check_ranks(golden: Golden, size: int) -> None:
-    """UsageError unless a golden was recorded on ``size`` ranks: the sums of other numbers of ranks have other bits."""
-    if (recorded := golden.manifest.ranks) != size:
-        raise UsageError(
-            f"{golden.path}: recorded on {recorded} rank{'s' if recorded > 1 else ''}, verified on {size}: each number of "
-            f"ranks has bits of its own. Use --tp {recorded}, or record a golden with --tp {size}"
-        )
 
 
 class _Clock:
@@ -257,47 +159,6 @@ def _walk(
             ranks.settle()
             if options.fail_fast and ranks.any(differs):
                 return
-
-
-def _load_inputs(
-    golden: Golden,
-    target: Any,
-    requests: Sequence[Request],
-    units: Sequence[Replay],
-    chosen: Sequence[dict[str, Any]],
-    ranks: Ranks,
-) -> dict[tuple[str, Key], tuple[Node, Node]]:
-    """Give every unit its recorded arguments: from the file, or by running the prompts alone where it has none.
-
-    Returns the recomputed (arguments, outputs) by unit and call; empty when the file has everything.
-    """
-    by_name, device = {unit.name: unit for unit in units}, device_of(target.module)
-    missing: list[tuple[Replay, Key]] = []
-    for entry in chosen:
-        unit = by_name.get(entry["name"])
-        for call in entry["calls"] if unit is not None else ():
-            assert unit is not None
-            key = (call["request"], call["step"])
-            node = tree.map_tensors(call["arguments"], lambda _, digest: golden.tensor(digest))
-            if all(tensor is not None for _, tensor in tree.tensors(node)):
-                unit.arguments[key] = _on(device, node)
-            else:
-                missing.append((unit, key))
-    # A rank may find all of its own in the file where another does not: tensors that are equal are stored once.
-    names = {name for rank in ranks.share({unit.name.partition("#")[0] for unit, _ in missing}) for name in rank}
-    if not names:
-        return {}
-    found = collect(target, requests, lambda name: name in names)
-    recomputed: dict[tuple[str, Key], tuple[Node, Node]] = {}
-    for unit, key in missing:
-        call = found.calls[key].get(unit.name)
-        if not isinstance(call, Call):
-            raise GoldenError(f"{golden.path}: the model no longer calls {unit.name} at step {key[1]}")
-        unit.arguments[key] = call.arguments
-        recomputed[unit.name, key] = (call.arguments, call.outputs)
-    for unit in units:  # in one order on all ranks, wherever an input came from
-        unit.arguments = dict(sorted(unit.arguments.items()))
-    return recomputed
 
 
 def _judge_golden(
@@ -340,10 +201,6 @@ def _judge_golden(
 
 
 @bits.unseen
-def _on(device: torch.device, node: Node) -> Node:
-    return tree.map_tensors(node, lambda _, tensor: tensor.to(device))
-
-
 @bits.unseen
 def _same_digests(node: Node, wanted: Node) -> bool:
     return tree.map_tensors(node, lambda _, tensor: bits.digest(tensor)) == wanted
@@ -434,16 +291,12 @@ def _invariance(
     return invariance
 
 
-def _reductions(manifest: Any) -> str:
-    return str(manifest.policy.get("reductions", "merged"))
-
-
 def _staleness(
     found: Comparison, manifest: Any, target: Any, decisions: Sequence[dict[str, Any]], policy: Policy
 ) -> Comparison:
     """A golden is judged where the environment is the recorded one, or every operation is portable, and where a
     mixture of experts is added over ranks as it was."""
-    if (then_added := _reductions(manifest)) != policy.reductions:
+    if (then_added := reductions_of(manifest)) != policy.reductions:
         found.verdict, found.first = "stale", None
         how = f"recorded with {then_added} reductions of mixture-of-experts layers, verified with {policy.reductions} ones"
         found.reasons = [f"{how}, which round in other places: verify with the recorded ones, or record again"]

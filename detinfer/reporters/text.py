@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from detinfer.goldens.result import Divergence, Result, Tally
+from detinfer.goldens.result import Cause, Divergence, Result, Tally
 
 _STYLES = {"same": "green", "diverged": "bold red", "stale": "yellow", "vacuous": "yellow", "not_run": "dim"}
 
@@ -27,9 +27,9 @@ def show(result: Result, console: Console) -> None:
     if invariance.axes:
         console.print(_axes(result))
     _sensitivity(result, console)
-    for first, what in ((invariance.first, "invariance"), (golden.first, "golden"), (control.first, "control")):
-        if first is not None and (what != "control" or invariance.first is None):
-            _first(first, what, console)
+    for part, what in ((invariance, "invariance"), (golden, "golden"), (control, "control")):
+        if part.first is not None and (what != "control" or invariance.first is None):
+            _first(part.first, what, console, getattr(part, "cause", None))
     _verdict(
         console, "invariance", invariance.verdict, f"{invariance.rows_differing:,} rows differ", invariance.reasons
     )
@@ -43,8 +43,10 @@ def show(result: Result, console: Console) -> None:
     if golden.stale and golden.verdict == "same":
         console.print("           judged in another environment: every operation in it is portable", style="dim")
     if control.verdict != "not_run":
+        walked = [axis for axis in control.axes if axis.verdict != "not_run"]
+        axes = f", {sum(axis.rows_differing > 0 for axis in walked)} of {len(walked)} other axes" if walked else ""
         console.print(
-            f"control    {control.trials_diverged} of {control.trials} trials diverge with the policy off "
+            f"control    {control.trials_diverged} of {control.trials} trials{axes} diverge with the policy off "
             f"({control.rows_differing:,} of {control.rows_compared:,} rows; reported, not judged)"
         )
         kinds = _kinds([tally for tally in control.units if tally.rows_differing])
@@ -131,7 +133,7 @@ def _sensitivity(result: Result, console: Console) -> None:
         console.print(f"no order {', '.join(result.invariance.order_free)}", style="dim", soft_wrap=True)
 
 
-def _first(first: Divergence, what: str, console: Console) -> None:
+def _first(first: Divergence, what: str, console: Console, cause: Cause | None) -> None:
     place = f"row {list(first.row)}, element {first.element}"
     if first.batch is not None:
         place = (
@@ -152,10 +154,39 @@ def _first(first: Divergence, what: str, console: Console) -> None:
     }
     console.print(f"\n[bold]{title[what]}[/] {first.unit} ({first.type}, {first.phase} step {first.step})")
     console.print(f"  {place}\n  {values}; {first.rows_differing:,} of {first.rows_compared:,} rows differ")
+    if cause is not None:
+        show_cause(cause, console)
     if what != "control":
-        console.print("  its inputs agree, its output does not")
+        if not first.axis:
+            console.print("  its inputs agree, its output does not")
         console.print(f"  redo: {first.command}", soft_wrap=True)
     console.print()
+
+
+def show_cause(cause: Cause, console: Console) -> None:
+    """Print the operation behind a divergence."""
+    ulp = f", {cause.ulp} ULP apart" if cause.ulp is not None else ""
+    console.print(f"  operation [bold]{cause.operation}[/] in {cause.path}, {cause.dtype}", soft_wrap=True)
+    console.print(f"    alone {cause.alone}; here {cause.other}", soft_wrap=True)
+    console.print(
+        f"    element {list(cause.index)}: got {cause.got}, expected {cause.expected}{ulp}; "
+        f"{cause.elements_differing:,} of {cause.elements:,} elements differ",
+        soft_wrap=True,
+    )
+    agree = "its inputs agree"
+    if cause.inputs_differing:
+        agree = f"operand {', '.join(map(str, cause.inputs_differing))} differs already"
+    elif cause.inputs_unknown:
+        agree = f"what of operand {', '.join(map(str, cause.inputs_unknown))} is this request's cannot be told"
+    again = "each side repeats itself" if cause.repeats else "it does not repeat itself: a race, not a choice"
+    console.print(f"    {agree}; {again}", soft_wrap=True)
+    if cause.only_there:
+        console.print(f"    only here, before it: {', '.join(cause.only_there)}", soft_wrap=True)
+    if cause.batch is not None:
+        console.print(f"    smallest batch that shows it: {cause.batch}, of requests {cause.requests}")
+    for side, names in (("alone", cause.kernels_alone), ("here", cause.kernels_other)):
+        if names:
+            console.print(f"    kernels {side}: {', '.join(names)}", soft_wrap=True)
 
 
 def _verdict(console: Console, what: str, verdict: str, count: str, reasons: Sequence[str]) -> None:

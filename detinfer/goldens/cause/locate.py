@@ -1,0 +1,187 @@
+"""The first operation whose results differ between a request run alone and the same request run another way.
+
+Both runs are watched operation by operation. Operations are laid side by side by name and module, results are compared
+where they belong to the request, and the first that differs is looked at again: are its inputs the same, does it
+repeat itself, which kernels ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from detinfer import bits
+from detinfer.goldens.cause import align
+from detinfer.goldens.cause.align import Pair
+from detinfer.goldens.cause.operations import Found, Key, Operation, Run, copied, matched, operation, watch
+from detinfer.goldens.result import Cause
+from detinfer.models.targets import tensors
+
+Parts = Callable[[int, torch.Tensor, torch.Tensor], Iterator[Pair]]
+"""``parts(call, alone, other)``: what of two results belongs to the request, part by part; nothing if none is known."""
+
+REPEATS = 3
+"""Times that the operation is run again on both sides."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """The cause, and the operation of both runs with its arguments: enough to show it without the model."""
+
+    cause: Cause
+    alone: Operation
+    other: Operation
+    result: int
+    part: Pair
+
+
+@bits.unseen
+def locate(alone: Run, other: Run, parts: Parts, prefix: str = "", integers: bool = True) -> Located | None:
+    """The first operation of ``other`` that gives the request other bytes than ``alone``; None if none was found.
+
+    ``prefix`` is the name of the unit that is run, for the paths of modules inside it. Without ``integers`` only floating
+    point is compared: positions and masks are others where a request is padded or run in pieces.
+    """
+    results: dict[int, list[torch.Tensor]] = {}
+
+    def keep(number: int, func: Any, args: Any, kwargs: Any, found: list[torch.Tensor]) -> None:
+        if not _is_view(func):
+            results[number] = [copied(t) if integers or _floating(t) else t.new_empty(0) for t in found]
+
+    left = watch(alone, keep)
+    right = watch(other)
+    beside = matched(left, right)
+    first: list[tuple[int, int, Pair]] = []
+
+    def compare(number: int, func: Any, args: Any, kwargs: Any, found: list[torch.Tensor]) -> None:
+        wanted = results.get(beside.get(number, -1))
+        if wanted is None or _is_view(func):
+            return
+        for place, (got, expected) in enumerate(zip(found, wanted, strict=False)):
+            if not (integers or _floating(got)) or got.dtype != expected.dtype:
+                continue
+            for pair in parts(right[number].call, expected, got):
+                if not same(expected, got, pair):
+                    first.append((number, place, pair))
+                    raise Found
+
+    watch(other, compare)
+    if not first:
+        return None
+    number, place, pair = first[0]
+    one, many = operation(alone, beside[number]), operation(other, number)
+    cause = _cause(one, many, place, pair, lambda a, b: parts(right[number].call, a, b))
+    extra = [key.name for i, key in enumerate(right[:number]) if i not in beside and key.path == many.key.path]
+    return Located(
+        replace(cause, path=_path(many.key, prefix), only_there=list(dict.fromkeys(extra))), one, many, place, pair
+    )
+
+
+def same(alone: torch.Tensor, other: torch.Tensor, pair: Pair) -> bool:
+    """Whether two parts have the same bytes."""
+    return bits.count_mismatches(alone[pair[0]], other[pair[1]]) == 0
+
+
+def _cause(one: Operation, many: Operation, place: int, pair: Pair, parts: Callable[..., Iterator[Pair]]) -> Cause:
+    expected, got = one.results[place][pair[0]], many.results[place][pair[1]]
+    found = bits.first_mismatch(got, expected)
+    assert found is not None
+    differ: list[int] = []
+    unknown: list[int] = []
+    for number, (a, b) in enumerate(zip(_operands(one), _operands(many), strict=False)):
+        if not _floating(a):
+            continue
+        shared = list(parts(a, b))
+        if not shared:
+            unknown.append(number)
+        elif any(not same(a, b, pair) for pair in shared):
+            differ.append(number)
+    return Cause(
+        operation=many.key.name,
+        path=many.key.path,
+        dtype=bits.dtype_name(got.dtype),
+        alone=align.shape(_operands(one)),
+        other=align.shape(_operands(many)),
+        index=found.index,
+        got=found.got,
+        expected=found.expected,
+        ulp=found.ulp,
+        elements=got.numel(),
+        elements_differing=bits.count_mismatches(got, expected),
+        inputs_differing=differ,
+        inputs_unknown=unknown,
+        repeats=all(_again(run) for run in (one, many)),
+        kernels_alone=kernels(one),
+        kernels_other=kernels(many),
+    )
+
+
+def _again(run: Operation) -> bool:
+    """Whether an operation gives its bytes again when it is run again."""
+    for _ in range(REPEATS):
+        for got, before in zip(run(), run.results, strict=True):
+            if got.shape != before.shape or bits.count_mismatches(got, before):
+                return False
+    return True
+
+
+def kernels(run: Operation) -> list[str]:
+    """Names and grids of the GPU kernels that an operation launches; none on CPU."""
+    if not any(t.is_cuda for t in _operands(run)):
+        return []
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in seen.events() or () if event.device_type.name == "CUDA"]
+    return [event.name for event in events]
+
+
+def _operands(run: Operation) -> list[torch.Tensor]:
+    return tensors([*run.args, *run.kwargs.values()])
+
+
+def _floating(t: torch.Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation only looks at its operand in another way: nothing can differ that did not before."""
+    returned = func._schema.returns
+    return bool(returned) and all(r.alias_info is not None and not r.alias_info.is_write for r in returned)
+
+
+def _path(key: Key, prefix: str) -> str:
+    root, _, inner = key.path.partition(".")
+    return ".".join(filter(None, [prefix, inner])) if prefix else key.path or root
+
+
+def by_batch(batch: int, row: int) -> Parts:
+    """The parts of a request in row ``row`` of a batch, everything else as alone."""
+
+    def parts(_: int, alone: torch.Tensor, other: torch.Tensor) -> Iterator[Pair]:
+        pair = align.rows_of_batch(alone, other, batch, row)
+        if pair is not None:
+            yield pair
+
+    return parts
+
+
+def by_spans(one: align.Sizes, calls: Sequence[tuple[align.Sizes, Sequence[align.Span]]]) -> Parts:
+    """The parts of a request in the calls of a way of running it; ``one`` are the sizes of its one call alone."""
+
+    def parts(call: int, alone: torch.Tensor, other: torch.Tensor) -> Iterator[Pair]:
+        if call >= len(calls):
+            return
+        many, spans = calls[call]
+        for span in spans:
+            pair = align.rows_of_span(alone, other, one, many, span)
+            if pair is not None:
+                yield pair
+
+    return parts
