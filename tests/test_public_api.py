@@ -57,6 +57,7 @@ OPTIONS = {
         "--tp",
     },
     "run": {"--allow", "--engine", "--policy", "--report", "--uncovered"},
+    "locate": {"--control", "--device", "--golden", "--script", "--target"},
     "verify": {
         "--batch-sizes",
         "--control",

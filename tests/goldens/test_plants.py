@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +24,23 @@ CASES = [
     ("expert_order_by_place", "builtin:moe", "batch", r"\.experts$", {"aten::add.Tensor", "aten::where.self"}),
     ("atomics", "builtin:dense", "batch", r"\.(down|o)_proj$", {"aten::add.Tensor", "aten::linear"}),
     ("split_k_by_rows", "builtin:dense", "batch", r"\.[qkv]_proj$|gate_proj$|up_proj$|head$", {"aten::linear"}),
-    ("row_sum_by_tile", "builtin:dense", "batch", r"\.self_attn$", {"aten::sum.dim_IntList", "aten::div.Tensor"}),
+    (
+        "row_sum_by_tile",
+        "builtin:dense",
+        "batch",
+        r"\.self_attn\.attention$",
+        {"aten::sum.dim_IntList", "aten::div.Tensor"},
+    ),
     ("rms_norm_by_tokens", "builtin:dense", "batch", r"norm$", {"aten::sum.dim_IntList", "aten::div.Tensor"}),
     ("padding_leak", "llama", "left-padding", r"\.self_attn$", {"aten::scaled_dot_product_attention"}),
-    ("stale_kv", "builtin:dense", "prefix", r"\.self_attn$", {"aten::cat"}),
+    ("stale_kv", "builtin:dense", "prefix", r"\.layers\.0\.self_attn$", {"aten::index.Tensor"}),
     ("scale_by_batch", "builtin:dense", "batch", r"\.(down|o)_proj$", {"aten::amax"}),
     ("top_k_tie", "builtin:moe", "batch", r"\.top_k$", {"aten::argmax", "aten::round"}),
     ("rope_by_chunk", "builtin:dense", "chunks", r"\.layers\.0\.self_attn$", {"aten::mul.Tensor"}),
 ]
+
+AGAIN = ("split_k_by_rows", "padding_leak", "rope_by_chunk")
+"""Located a second time, from the saved result: a unit of a batch, an axis of transformers' model, one of ours."""
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +68,6 @@ def test_a_plant_is_located(
     plant: str, model: str, axes: str, path: str, operations: set[str], goldens: dict[str, Path], tmp_path: Path
 ) -> None:
     """verify exits with 1 and names the module and the operation; locate finds the same from the saved result."""
-    import re
-
     report = tmp_path / "result.json"
     code, out = run(plant, "verify", str(goldens[model]), "--n-trials", "10", "--axes", axes, "--json", str(report))
     assert code == 1, out
@@ -69,7 +77,7 @@ def test_a_plant_is_located(
     assert re.search(path, cause["path"]), (cause, out)
     assert cause["operation"] in operations, cause
     assert cause["operation"] in out
-    if plant != "atomics":  # which is another order each time
+    if plant in AGAIN:
         code, out = run(plant, "locate", str(report), "--script", str(tmp_path / "show"))
         assert (code, cause["operation"] in out) == (1, True), out
         assert len((tmp_path / "show" / "show.py").read_text().splitlines()) < 50

@@ -47,8 +47,10 @@ def locate(alone: Run, other: Run, parts: Parts, prefix: str = "", integers: boo
     """
     results: dict[int, list[torch.Tensor]] = {}
 
+    unwritten = _Unwritten()
+
     def keep(number: int, func: Any, args: Any, kwargs: Any, found: list[torch.Tensor]) -> None:
-        if not _is_view(func):
+        if not _is_view(func) and not unwritten(func, found):
             results[number] = [copied(t) if integers or _floating(t) else t.new_empty(0) for t in found]
 
     left = watch(alone, keep)
@@ -58,7 +60,7 @@ def locate(alone: Run, other: Run, parts: Parts, prefix: str = "", integers: boo
 
     def compare(number: int, func: Any, args: Any, kwargs: Any, found: list[torch.Tensor]) -> None:
         wanted = results.get(beside.get(number, -1))
-        if wanted is None or _is_view(func):
+        if wanted is None or _is_view(func) or unwritten(func, found):
             return
         for place, (got, expected) in enumerate(zip(found, wanted, strict=False)):
             if not (integers or _floating(got)) or got.dtype != expected.dtype:
@@ -68,6 +70,7 @@ def locate(alone: Run, other: Run, parts: Parts, prefix: str = "", integers: boo
                     first.append((number, place, pair))
                     raise Found
 
+    unwritten = _Unwritten()
     watch(other, compare)
     if not first:
         return None
@@ -154,6 +157,26 @@ def _is_view(func: Any) -> bool:
     """Whether an operation only looks at its operand in another way: nothing can differ that did not before."""
     returned = func._schema.returns
     return bool(returned) and all(r.alias_info is not None and not r.alias_info.is_write for r in returned)
+
+
+class _Unwritten:
+    """Tensors that were made without values, and so hold what memory held; they are filled part by part.
+
+    What is written into them in place is not compared: whoever reads it is.
+    """
+
+    def __init__(self) -> None:
+        self._held: set[int] = set()
+
+    def __call__(self, func: Any, results: Sequence[torch.Tensor]) -> bool:
+        places = {t.untyped_storage().data_ptr() for t in results}
+        if func.name().startswith(("aten::empty", "aten::new_empty")):
+            self._held |= places
+            return True
+        if any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns):
+            return bool(places & self._held)
+        self._held -= places  # the memory was given to somebody else
+        return False
 
 
 def _path(key: Key, prefix: str) -> str:
