@@ -32,7 +32,11 @@ def load(spec: str, dtype: torch.dtype | None, seed: int) -> Loaded:
     """Call the factory; TargetError when it cannot be found, raises, or returns something else than ``EXPECTED``."""
     made = _call(spec, _find(spec), seed)
     if _is_causal_lm(made):
-        return Loaded("causal_lm", made if dtype is None else made.to(dtype))
+        if not _is_mostly(made, dtype):
+            for parameter in made.parameters():  # not its buffers: tables of rotary positions are fp32 in every dtype
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
+        return Loaded("causal_lm", made)
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise TargetError(f"target {spec} returned {_describe(made)}: {EXPECTED}")
     module, requests = made
@@ -40,10 +44,20 @@ def load(spec: str, dtype: torch.dtype | None, seed: int) -> Loaded:
         what = "an empty list" if requests == [] else _describe(requests)
         raise TargetError(f"target {spec} returned {what} as its requests: {EXPECTED}")
     inputs = [_request(spec, number, request) for number, request in enumerate(requests)]
-    if dtype is not None:
+    if not _is_mostly(module, dtype):
         module = module.to(dtype)
+    if dtype is not None:
         inputs = [(_cast(args, dtype), _cast(kwargs, dtype)) for args, kwargs in inputs]
     return Loaded("module", module, inputs=inputs)
+
+
+def _is_mostly(module: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Whether nothing has to be cast: what a factory keeps in another dtype on purpose stays in it."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return dtype is None or (bool(counts) and max(counts, key=lambda one: counts[one]) is dtype)
 
 
 def _find(spec: str) -> Callable[..., Any]:

@@ -83,6 +83,18 @@ def test_dtype_is_the_models_or_the_one_asked_for() -> None:
     assert cast.module.scale.dtype == torch.int64
 
 
+@needs_transformers
+def test_what_a_factory_keeps_in_another_dtype_stays_in_it() -> None:
+    """A golden is verified in the dtype that it was recorded in: asking for it again changes no byte."""
+    for spec in ("tiny:mixed", "tiny:half_language_model"):
+        plain, asked = targets.load(spec), targets.load(spec, torch.bfloat16)
+        assert plain.dtype == asked.dtype == torch.bfloat16
+        assert plain.weights_digest == asked.weights_digest
+    cast = targets.load("tiny:half_language_model", torch.float16).module
+    assert {p.dtype for p in cast.parameters()} == {torch.float16}
+    assert {b.dtype for b in cast.buffers() if b.is_floating_point()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("spec", "dtype", "word"),
     [

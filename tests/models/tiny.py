@@ -49,6 +49,21 @@ def kinds_of_requests() -> Any:
     return Net(), [draw(1, 1, 7), (draw(2, 1, 7), draw(3, 1, 7)), {"x": draw(4, 1, 7), "other": draw(5, 1, 7)}]
 
 
+def mixed() -> Any:
+    """Parameters in bf16, a table in fp32."""
+    net = Net().bfloat16()
+    net.scale = draw(6, 5)
+    return net, [draw(1, 1, 7).bfloat16()]
+
+
+def half_language_model() -> Any:
+    """In bf16, with the tables of its rotary positions in fp32, as transformers loads it."""
+    model = language_model()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
 def half() -> Any:
     return Net().half(), [draw(1, 1, 7).half()]
 
