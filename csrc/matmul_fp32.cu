@@ -35,10 +35,10 @@ template <int XT, int WT, int RX, int RW, int KC, int S> int launch_fp32(const G
   });
 }
 
-template <int XT, int WT, int RX, int RW, int WL, int KB, int S, int V, int D>
+template <int XT, int WT, int RX, int RW, int WL, int KB, int S, int V, int D, int kBlocks>
 int launch_stream(const GpuMatmulArgs& p, Stream stream) {
   using Shape = StreamShape<XT, WT, RX, RW, WL, KB, S>;
-  const auto kernel = stream_fp32<XT, WT, RX, RW, WL, KB, S, V, D>;
+  const auto kernel = stream_fp32<XT, WT, RX, RW, WL, KB, S, V, D, kBlocks>;
   static const Code ready = load_kernel(kernel, Shape::kSharedBytes);
   if (ready != kNoError) return checked_matmul(ready, "loading the kernel for aligned fp32");
   CUtensorMap x, w;
@@ -59,33 +59,29 @@ int run_stream(const GpuMatmulArgs& p, int64_t sms, Stream stream) {
     const auto fills = [&](int64_t rows, int64_t columns) {
       return (p.m + rows - 1) / rows * ((p.n + columns - 1) / columns) >= sms;
     };
-    if (p.m <= 2) variant = p.m == 1 ? 0 : 1;
-    else if (p.m <= 8) variant = p.m <= 4 ? 2 : 3;
+    if (p.m <= 4) variant = p.m == 1 ? 0 : p.m == 2 ? 1 : 2;
+    else if (p.m <= 8) variant = fills(8, 32) ? 3 : 2;
     else if (p.m <= 16) variant = fills(16, 32) ? 4 : 5;
-    else if (p.m <= 32) variant = fills(32, 32) ? 7 : 6;
-    else if (!fills(64, 32)) variant = 8;
-    else if (!fills(64, 64)) variant = 10;
-    else variant = 14;
+    else if (p.m <= 32) variant = fills(32, 32) ? 7 : 5;
+    else if (!fills(64, 32)) variant = p.m <= 64 ? 6 : 8;
+    else if (!fills(64, 64)) variant = p.m <= 128 ? 9 : 10;
+    else variant = fills(128, 128) ? 13 : 11;
   }
   switch (variant) {  // rows of x x columns of the result of a block
-    case 0: return launch_stream<1, 32, 1, 1, 32, 4, 5, 4, 4>(p, stream);
-    case 1: return launch_stream<2, 32, 2, 1, 32, 4, 5, 4, 4>(p, stream);
-    case 2: return launch_stream<4, 32, 2, 1, 32, 4, 5, 4, 4>(p, stream);
-    case 3: return launch_stream<8, 32, 2, 2, 16, 4, 5, 4, 4>(p, stream);
-    case 4: return launch_stream<16, 32, 4, 2, 16, 4, 4, 4, 2>(p, stream);
-    case 5: return launch_stream<16, 16, 2, 2, 8, 4, 5, 4, 4>(p, stream);
-    case 6: return launch_stream<16, 24, 2, 3, 8, 4, 5, 4, 2>(p, stream);
-    case 7: return launch_stream<32, 32, 4, 4, 8, 2, 5, 4, 2>(p, stream);
-    case 8: return launch_stream<32, 24, 4, 3, 8, 2, 5, 4, 2>(p, stream);
-    case 9: return launch_stream<32, 40, 4, 5, 8, 2, 4, 4, 2>(p, stream);
-    case 10: return launch_stream<64, 32, 8, 2, 16, 2, 4, 4, 1>(p, stream);
-    case 11: return launch_stream<64, 40, 4, 5, 8, 2, 3, 4, 2>(p, stream);
-    case 12: return launch_stream<64, 64, 8, 4, 16, 1, 4, 4, 1>(p, stream);
-    case 13: return launch_stream<128, 40, 8, 5, 8, 1, 5, 2, 2>(p, stream);
-    case 14: return launch_stream<128, 64, 8, 8, 8, 1, 4, 4, 1>(p, stream);
-    case 15: return launch_stream<128, 80, 8, 10, 8, 1, 4, 2, 2>(p, stream);
-    case 16: return launch_stream<64, 32, 4, 4, 8, 2, 4, 4, 2>(p, stream);
-    case 17: return launch_stream<64, 64, 8, 4, 16, 1, 4, 4, 2>(p, stream);
+    case 0: return launch_stream<1, 32, 1, 1, 32, 4, 5, 4, 1, 1>(p, stream);
+    case 1: return launch_stream<2, 32, 2, 1, 32, 4, 5, 4, 1, 1>(p, stream);
+    case 2: return launch_stream<4, 32, 2, 1, 32, 4, 5, 4, 4, 1>(p, stream);
+    case 3: return launch_stream<8, 32, 4, 1, 32, 4, 5, 4, 1, 1>(p, stream);
+    case 4: return launch_stream<16, 32, 4, 2, 16, 4, 4, 4, 2, 1>(p, stream);
+    case 5: return launch_stream<16, 16, 4, 1, 16, 4, 5, 4, 1, 2>(p, stream);
+    case 6: return launch_stream<16, 24, 2, 3, 8, 4, 5, 4, 2, 1>(p, stream);
+    case 7: return launch_stream<32, 32, 4, 4, 8, 2, 5, 4, 2, 1>(p, stream);
+    case 8: return launch_stream<32, 24, 4, 3, 8, 2, 5, 4, 2, 1>(p, stream);
+    case 9: return launch_stream<64, 32, 8, 2, 16, 2, 4, 4, 1, 2>(p, stream);
+    case 10: return launch_stream<64, 40, 4, 5, 8, 2, 3, 4, 2, 1>(p, stream);
+    case 11: return launch_stream<64, 64, 8, 4, 16, 1, 4, 4, 1, 3>(p, stream);
+    case 12: return launch_stream<128, 40, 8, 5, 8, 1, 5, 2, 2, 1>(p, stream);
+    case 13: return launch_stream<128, 128, 8, 8, 8, 1, 6, 4, 1, 1>(p, stream);
   }
   return refuse_matmul(kBadArgument, "matmul: the kernel for aligned fp32 has no such variant");
 }

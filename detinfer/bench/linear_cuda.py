@@ -1,20 +1,22 @@
-"""bf16 linear layers on a GPU against torch's default, in replays of a CUDA graph, both sides in one run."""
+"""Linear layers on a GPU against torch's default and others, in replays of a CUDA graph, all sides in one run."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from detinfer.bits import first_mismatch
+from detinfer import environment
+from detinfer.bits import dtype_name, first_mismatch
 from detinfer.errors import Diverged
 from detinfer.ops.matmul_cuda import linear
-from detinfer.ops.matmul_cuda_proof import adversarial, prove_shape
+from detinfer.ops.matmul_cuda_proof import operands, prove_shape
 
 SHAPES = {
     "Qwen3-8B": ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)),
@@ -25,18 +27,23 @@ SHAPES = {
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192)
 _COLD_BYTES = 260 << 20  # of weights in one replay: several times the second cache
+_MANY = 2048  # rows from which two weights are enough
+
+Call = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median microseconds of one product on both sides, and the least that moving its operands once can take."""
+    """Median microseconds of one product by each side; None where a side is not installed or does not take it."""
 
     model: str
+    dtype: str
     n: int
     k: int
     rows: int
     torch: float
     detinfer: float
+    batch_invariant_ops: float | None
 
     @property
     def ratio(self) -> float:
@@ -44,66 +51,81 @@ class Timing:
         return self.detinfer / self.torch
 
 
-def run(rows: Sequence[int] = ROWS, repeats: int = 15) -> Iterator[Timing]:
-    """Time every shape; the bytes are compared with the reference path's first, and a difference raises Diverged."""
+def run(rows: Sequence[int], repeats: int, dtype: torch.dtype) -> Iterator[Timing]:
+    """Prove every shape, then time it at each number of rows, TF32 off.
+
+    Before a product is timed, its first 64 rows are compared with the plain kernel's on inputs in which an order shows:
+    a difference raises Diverged. Thinking Machines' batch_invariant_ops is timed where it is installed.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
-    with torch.inference_mode():
-        for model, shapes in SHAPES.items():
-            for n, k in shapes:
-                copies = max(2, min(12, _COLD_BYTES // (n * k * 2)))
-                weights = [adversarial(n, k, torch.bfloat16, device, i) for i in range(copies)]
-                prove_shape(n, k, torch.bfloat16, device)
-                for count in rows:
-                    x = adversarial(count, k, torch.bfloat16, device, count)
-                    head = min(count, 64)
-                    if first := first_mismatch(
-                        linear(x, weights[0])[:head], linear(x[:head], weights[0], path="reference")
-                    ):
-                        raise Diverged(f"linear of {count} x {k} x {n}: {first}")
-                    ours = _graph(partial(linear, x), weights, repeats)
-                    plain = _graph(partial(_default, x), weights, repeats)
-                    yield Timing(model, n, k, count, plain, ours)
+    other = _batch_invariant_ops() if dtype is not torch.float32 else None
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.inference_mode():
+            for model, shapes in SHAPES.items():
+                for n, k in shapes:
+                    prove_shape(n, k, dtype, device)
+                    x, w = operands(max(rows), n, k, dtype, device)
+                    copies = max(2, min(12, _COLD_BYTES // (n * k * dtype.itemsize)))
+                    weights = [w, *(w.clone() for _ in range(copies - 1))]
+                    for count in rows:
+                        part, used = x[:count], weights if count < _MANY else weights[:2]
+                        head = linear(part[:64], w, path="reference")
+                        if first := first_mismatch(linear(part, w)[:64], head):
+                            raise Diverged(f"linear of {count} x {k} x {n} in {dtype_name(dtype)}: {first}")
+                        ours, default = _sides(part, used, repeats)
+                        peer = None if other is None else _graph(partial(other, part), used, repeats)
+                        yield Timing(model, dtype_name(dtype), n, k, count, default, ours, peer)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
-def _default(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.mm(x, weight.t())
+def _sides(x: torch.Tensor, weights: Sequence[torch.Tensor], repeats: int) -> tuple[float, float]:
+    """detinfer's and torch's time, each the lesser of two medians, measured in turn: ours, torch's, torch's, ours."""
+    ours, default = partial(linear, x), partial(torch.nn.functional.linear, x)
+    first, plain, again = (_graph(call, weights, repeats) for call in (ours, default, default))
+    return min(first, _graph(ours, weights, repeats)), min(plain, again)
+
+
+def _batch_invariant_ops() -> Call | None:
+    try:
+        persistent: Any = importlib.import_module("batch_invariant_ops").matmul_persistent
+    except ImportError:
+        return None
+    return lambda x, weight: persistent(x, weight.t())
 
 
 def _graph(call: Callable[[torch.Tensor], torch.Tensor], weights: Sequence[torch.Tensor], repeats: int) -> float:
     """Median microseconds of one call, from replays of a graph of a call for each of the weights."""
     cuda: Any = torch.cuda  # untyped in torch
-    side = cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for weight in weights:
-            call(weight)
-    torch.cuda.current_stream().wait_stream(side)
+    call(weights[0])
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for weight in weights:
             call(weight)
     graph.replay()
-    torch.cuda.synchronize()
     found: list[float] = []
     for _ in range(repeats):
         start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
-        torch.cuda.synchronize()
+        end.synchronize()
         found.append(float(start.elapsed_time(end)) * 1e3 / len(weights))
     return sorted(found)[repeats // 2]
 
 
-def geometric_mean(timings: Sequence[Timing]) -> float:
-    """Of the ratios."""
-    return math.exp(sum(math.log(t.ratio) for t in timings) / len(timings))
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """Of numbers above 0."""
+    return math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
 
 
 def table(timings: Sequence[Timing]) -> Table:
     """The ratios, a line for each shape and a column for each number of rows."""
     rows = sorted({t.rows for t in timings})
-    shown = Table(title="bf16 linear, detinfer / torch, CUDA graph")
+    shown = Table(title=f"{timings[0].dtype} linear, detinfer / torch, CUDA graph")
     shown.add_column("K -> N")
     for count in rows:
         shown.add_column(str(count), justify="right")
@@ -111,3 +133,25 @@ def table(timings: Sequence[Timing]) -> Table:
         by_rows = {t.rows: t for t in timings if (t.n, t.k) == (n, k)}
         shown.add_row(f"{k} -> {n}", *(f"{by_rows[count].ratio:.2f}" for count in rows))
     return shown
+
+
+def summary(timings: Sequence[Timing]) -> str:
+    """The geometric mean and the worst point, of detinfer and of batch_invariant_ops where that was timed."""
+    worst = max(timings, key=lambda timing: timing.ratio)
+    text = (
+        f"geometric mean {geometric_mean([t.ratio for t in timings]):.3f}; worst {worst.ratio:.2f}, {worst.k} -> {worst.n} at "
+        f"{worst.rows} rows ({worst.detinfer:.1f} against {worst.torch:.1f} us)"
+    )
+    others = [t.batch_invariant_ops / t.torch for t in timings if t.batch_invariant_ops is not None]
+    if not others:
+        return f"{text}; batch_invariant_ops is not installed, or not for this dtype"
+    return f"{text}; batch_invariant_ops: geometric mean {geometric_mean(others):.2f}, worst {max(others):.2f}"
+
+
+def to_json(timings: Sequence[Timing]) -> dict[str, Any]:
+    """What ``--json`` writes."""
+    return {
+        "environment": environment.gpu() | {"torch": torch.__version__},
+        "geometric_mean": geometric_mean([t.ratio for t in timings]),
+        "timings": [asdict(timing) | {"ratio": timing.ratio} for timing in timings],
+    }

@@ -15,6 +15,7 @@ from detinfer.cli.bench import bench
 from detinfer.cli.env import env
 from detinfer.cli.locate import locate
 from detinfer.cli.policy import policy
+from detinfer.cli.prove import prove
 from detinfer.cli.record import record
 from detinfer.cli.run import run as run_command
 from detinfer.cli.verify import verify
@@ -37,7 +38,7 @@ def cli() -> None:
     """Deterministic inference: record a model's layers, replay them, assert identical bytes."""
 
 
-for _command in (record, verify, locate, policy, run_command, env, bench):
+for _command in (record, verify, locate, policy, prove, run_command, env, bench):
     cli.add_command(_command)
 
 

@@ -215,22 +215,22 @@ def moe(ranks: int, rows: int, repeats: int) -> None:
 
 @bench.command()
 @click.option("--rows", default="", help="Rows of the input, with commas between them; 1 to 8192 unless given.")
+@click.option("--dtype", "name", default="bfloat16", show_default=True, help="bfloat16, float16 or float32 (TF32 off).")
 @click.option("--repeats", default=9, show_default=True, help="Replays of each graph.")
-def compute(rows: str, repeats: int) -> None:
-    """bf16 linear layers of three models on this GPU, in replays of a CUDA graph, bytes checked before."""
+@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there too.")
+def compute(rows: str, name: str, repeats: int, path: Path | None) -> None:
+    """Linear layers of three models on this GPU against torch, in replays of a CUDA graph, bytes checked before."""
     from detinfer.bench import linear_cuda as benchmark
 
     if not torch.cuda.is_available():
         raise UsageError("bench compute needs a CUDA device, and torch sees none; bench linear times the CPU")
     counts = [int(count) for count in rows.split(",")] if rows else list(benchmark.ROWS)
     total = sum(len(shapes) for shapes in benchmark.SHAPES.values()) * len(counts)
-    console = Console(stderr=True)
-    found = list(track(benchmark.run(counts, repeats), "timing", total=total, console=console, transient=True))
+    timings = benchmark.run(counts, repeats, options.dtype(name) or torch.bfloat16)
+    found = list(track(timings, "timing", total=total, console=Console(stderr=True), transient=True))
     shown = Console()
     shown.width = max(shown.width, 140)
     shown.print(benchmark.table(found))
-    worst = max(found, key=lambda timing: timing.ratio)
-    shown.print(
-        f"geometric mean {benchmark.geometric_mean(found):.2f}; worst {worst.ratio:.2f}, {worst.k} -> {worst.n} at "
-        f"{worst.rows} rows ({worst.detinfer:.1f} against {worst.torch:.1f} us)"
-    )
+    shown.print(benchmark.summary(found))
+    if path is not None:
+        path.write_text(json.dumps(benchmark.to_json(found), indent=1) + "\n")

@@ -72,6 +72,24 @@ def load(name: str, dtype: torch.dtype | None) -> Loaded:
     return Loaded("causal_lm", module, tokenizer=_tokenizer(library, source))
 
 
+def skeleton(name: str) -> torch.nn.Module:
+    """The model of a folder or hub id from its configuration alone, on the meta device: shapes and dtypes, no weights."""
+    what = f"hf:{name}"
+    library = transformers(what)
+    folder = Path(name).expanduser()
+    source = str(folder) if folder.exists() else name
+    with quiet():
+        try:
+            config = library.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            with torch.device("meta"):
+                found: torch.nn.Module = library.AutoModelForCausalLM.from_config(
+                    config, dtype=config.dtype or torch.float32, trust_remote_code=False
+                )
+        except Exception as error:
+            raise TargetError(f"target {what} cannot be built from its configuration: {_first_lines(error)}") from error
+    return found
+
+
 def check_complete(what: str, report: dict[str, Any]) -> None:
     """TargetError when transformers' loading report tells of weights that were left random."""
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):

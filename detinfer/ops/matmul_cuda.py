@@ -21,7 +21,7 @@ import torch
 
 from detinfer import native
 from detinfer.errors import NativeError, UnsupportedDtype, UsageError
-from detinfer.ops import cublaslt, matmul_table
+from detinfer.ops import cublaslt, matmul_store, matmul_table
 from detinfer.ops.matmul_table import PIECE, Choice, Key
 from detinfer.ops.matmul_views import Views, dot_views, linear_views, matmul_views, three, two, vector_views
 
@@ -269,6 +269,7 @@ def _first(
     if x.dim() == 3 and x.shape[0] == 1:
         x, w, added = x[0], w[0], None if added is None else added[0]
     x, w = _placed(x, w)
+    matmul_store.state(a.device.index)  # reads the file of proofs before the first call
     call = _Call(shape, x, w, added, alpha, beta)
     pairs = ((a, x), (b, w), *(((c, added),) if c is not None and added is not None else ()))
     if all(given.data_ptr() == used.data_ptr() for given, used in pairs):  # a copy must be made in every call

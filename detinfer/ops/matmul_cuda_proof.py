@@ -20,11 +20,14 @@ from detinfer.ops import cublaslt, matmul_cuda, matmul_proof
 from detinfer.ops.evidence import Evidence
 from detinfer.ops.matmul_table import DENSE, PIECE, Choice, Key, Table, use
 
+FP32_ROWS = (*range(1, 129), *range(256, 2049, 128))
+"""Numbers of rows at which a proof compares in fp32, where csrc's own kernels alone run."""
+
 TUNED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384)
 """Numbers of rows at which paths are timed; those between take the choice of the next greater one."""
 
 _SKINNY_ROWS = (8, 8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64)
-_STREAM_ROWS = (1, 2, 4, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64, 128, 128, 128, 64, 64)
+_STREAM_ROWS = (1, 2, 4, 8, 16, 16, 16, 32, 32, 64, 64, 64, 128, 128)
 """Rows of x of a block of each of csrc's variants."""
 
 VARIANTS = {"reference": 1, "skinny": len(_SKINNY_ROWS), "stream": len(_STREAM_ROWS), "tile": 3}
@@ -93,26 +96,30 @@ def prove_shape(
         raise UsageError(f"prove: {dtype_name(dtype)} has no order on a GPU; use float32, bfloat16 or float16")
     stride = k if w_stride is None else w_stride
     size = dtype.itemsize
-    if stride < k or k < 1 or n < 1 or (size == 2 and (k % 8 or (n > 1 and stride % 8))):
+    if k < 1 or n < 1 or stride < k or k * size % 16 or (n > 1 and stride * size % 16):
         raise UsageError(
             f"prove {k} -> {n} with rows {stride} apart: rows of k elements on 16-byte boundaries are needed"
         )
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     most = min(PIECE, max(DENSE, _RESULT_BYTES // (n * size) // DENSE * DENSE))
-    proved = tuple(rows or (*range(1, DENSE + 1), *range(2 * DENSE, most + 1, DENSE)))
-    x, given = operands(max(*proved, *[r for r in TUNED_ROWS if r <= most]), n, k, dtype, device)
+    if dtype is torch.float32:
+        most = min(most, FP32_ROWS[-1])
+    dense = tuple(range(1, DENSE + 1))
+    proved = tuple(rows or (FP32_ROWS if dtype is torch.float32 else (*dense, *range(2 * DENSE, most + 1, DENSE))))
+    tuned = [m for m in TUNED_ROWS if m <= most]
+    x, given = operands(max(*proved, *tuned), n, k, dtype, device)
     w = torch.empty(n * stride, dtype=dtype, device=device).as_strided((n, k), (stride, 1)).copy_(given)
     c = adversarial(1, n, dtype, device, 5).expand(len(x), n) if bias else None
     expected = _expected(x, w, c)
     key = Key(n, k, dtype, stride, bias, device.index)
-    times = {m: dict(_timed(x[:m], w, None if c is None else c[:m], repeats)) for m in TUNED_ROWS if m <= most}
+    times = {m: dict(_timed(x[:m], w, None if c is None else c[:m], repeats)) for m in tuned}
     failed: list[str] = []
     dropped: set[Choice] = set()
     found = torch.empty_like(expected)
     wrong = [0]
     while wrong:
         best = {m: _fastest(timed, dropped, matmul_cuda.by_rule(m, dtype)) for m, timed in times.items()}
-        table = Table(key, *_merged(best), DENSE if rows is None else 0, proved, sum(proved) * n)
+        table = Table(key, *_merged(best), DENSE if set(dense) <= set(proved) else 0, proved, sum(proved) * n)
         wrong = _mismatches(table, proved, x, w, c, expected, found)
         ours = [m for m in wrong if table.choose(m).path != "cublaslt_no_split"]
         if ours:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from detinfer.bits import first_mismatch
 from detinfer.errors import Diverged, NativeError, UnsupportedDtype, UsageError
-from detinfer.ops import matmul_cuda, matmul_cuda_proof, matmul_table
+from detinfer.ops import matmul_cuda, matmul_cuda_proof, matmul_store, matmul_table
 from detinfer.ops.evidence import from_values, to_values
 from detinfer.ops.matmul_cuda import COVERED, linear, product, prove
 from detinfer.ops.matmul_cuda_proof import adversarial, operands, prove_shape
@@ -27,9 +29,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
+def _forget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No table, and none on disk."""
+    monkeypatch.setenv("DETINFER_CACHE", str(tmp_path))
+    matmul_store.state.cache_clear()
     matmul_table.forget()
     yield
+    matmul_store.state.cache_clear()
     matmul_table.forget()
 
 
@@ -177,9 +183,9 @@ def test_a_kernel_with_another_order_is_not_proved(monkeypatch: pytest.MonkeyPat
     def turned(_: bytes, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> matmul_cuda.Step:
         return flipped("tile", x, w, c)
 
-    def flipped(path: str, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, **more: int) -> matmul_cuda.Step:
+    def flipped(path: str, x: torch.Tensor, w: torch.Tensor, *more: Any, **named: Any) -> matmul_cuda.Step:
         x, w = x.flip(1), w.flip(1)
-        step = whole(path, x, w, c, **more)
+        step = whole(path, x, w, *more, **named)
         return lambda _, __, c_at, out_at, stream: step(x.data_ptr(), w.data_ptr(), c_at, out_at, stream)
 
     whole = matmul_cuda.kernel
@@ -189,8 +195,8 @@ def test_a_kernel_with_another_order_is_not_proved(monkeypatch: pytest.MonkeyPat
     assert measured.failed and "cuBLASLt gives other bytes at" in measured.failed[0]
     assert all(choice.path != "cublaslt_no_split" for choice in measured.table.choices)
 
-    def wrong(path: str, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, **more: int) -> matmul_cuda.Step:
-        return (flipped if path == "skinny" and len(x) == 7 else whole)(path, x, w, c, **more)
+    def wrong(path: str, x: torch.Tensor, *more: Any, **named: Any) -> matmul_cuda.Step:
+        return (flipped if path == "skinny" and len(x) == 7 else whole)(path, x, *more, **named)
 
     monkeypatch.setattr(matmul_cuda, "kernel", wrong)
     monkeypatch.setattr(matmul_cuda_proof, "_graph_time", lambda choice, *_: 1.0 + (choice.path != "skinny"))
