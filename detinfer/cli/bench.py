@@ -224,7 +224,7 @@ def compute(rows: str, name: str, repeats: int, path: Path | None) -> None:
 
     if not torch.cuda.is_available():
         raise UsageError("bench compute needs a CUDA device, and torch sees none; bench linear times the CPU")
-    counts = [int(count) for count in rows.split(",")] if rows else list(benchmark.ROWS)
+    counts = _counts(rows) if rows else list(benchmark.ROWS)
     total = sum(len(shapes) for shapes in benchmark.SHAPES.values()) * len(counts)
     timings = benchmark.run(counts, repeats, options.dtype(name) or torch.bfloat16)
     found = list(track(timings, "timing", total=total, console=Console(stderr=True), transient=True))
@@ -234,3 +234,11 @@ def compute(rows: str, name: str, repeats: int, path: Path | None) -> None:
     shown.print(benchmark.summary(found))
     if path is not None:
         path.write_text(json.dumps(benchmark.to_json(found), indent=1) + "\n")
+
+
+def _counts(text: str) -> list[int]:
+    """``1,8,64`` as numbers."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UsageError(f"--rows {text}: whole numbers above 0 with commas between them")
+    return [int(word) for word in words]
