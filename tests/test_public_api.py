@@ -31,9 +31,7 @@ NAMES = {
 OPTIONS = {
     "bench collectives": {"--dtype", "--json", "--ranks", "--seconds", "--sizes"},
     "bench collectives-cuda": {"--json", "--plot", "--ranks", "--table", "--tune"},
-    "bench compute": {"--repeats", "--rows"},
     "bench experts": {"--json", "--repeats", "--tokens"},
-    "bench collectives-cuda": {"--json", "--ranks", "--table", "--tune"},
     "bench compute": {"--dtype", "--json", "--repeats", "--rows"},
     "bench linear": {"--dtype", "--repeats", "--rows", "--threads"},
     "bench moe": {"--ranks", "--repeats", "--rows"},
