@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from detinfer.cli import run
+from detinfer.cli import options, run
 from detinfer.errors import UsageError
 from detinfer.policy import Guarantee, Policy, deterministic
 from detinfer.policy.configured import configured
@@ -81,6 +81,13 @@ def test_a_switch_against_the_policy_is_refused_at_entry(monkeypatch: pytest.Mon
         deterministic("batch", families=fake.families).__enter__()
     with deterministic("run", families=fake.families):
         pass
+
+
+def test_record_takes_the_projects_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its options do not say comes from pyproject.toml and the environment."""
+    monkeypatch.chdir(project(tmp_path, '[tool.detinfer]\nscope = "run"\nallow = ["aten::cumsum"]\n'))
+    assert options.policy(None, ()) == Policy(Guarantee("run"), ("aten::cumsum",))
+    assert options.policy("batch", ("aten::topk",)) == Policy(Guarantee("batch"), ("aten::topk",))
 
 
 def test_explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

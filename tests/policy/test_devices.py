@@ -11,7 +11,7 @@ import torch
 from detinfer import ops
 from detinfer.errors import RefusedError
 from detinfer.ops import Covered
-from detinfer.policy import Accepted, Guarantee, Policy, Refused, deterministic, proofs
+from detinfer.policy import Accepted, Active, Guarantee, Policy, Refused, deterministic, proofs
 from detinfer.policy.decide import Known, decide
 from detinfer.policy.families import Families, own
 from detinfer.policy.policy import Proof
@@ -134,6 +134,10 @@ def test_the_device_of_the_tensors_decides(known: Known) -> None:
     assert trace.decisions["aten::mm on cuda", (BF16,)].path == "cuda/fake"
     assert trace.decisions["aten::cat", (BF16,)].path == "torch"
     assert [c.op for c in trace.calls] == ["aten::mm"]
+    call(trace, Operation("aten::exp"), there)
+    assert Active(Policy(), known, trace).order_free() == [
+        "aten::exp on cuda"
+    ]  # a product has an order, wherever it runs
     with pytest.raises(RefusedError, match=r"aten::mm on bfloat16 is refused in model.layer: no proved path"):
         call(trace, mm, here, here)
     with pytest.raises(RefusedError, match=r"aten::add.Tensor on cuda, bfloat16 is refused .* row 3 differs"):
