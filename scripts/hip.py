@@ -23,7 +23,7 @@ TOOLS = ("ziglang==0.17.0", "clang-tidy==22.1.8", "triton==3.7.1")
 """A clang with AMD's backend; the headers of its version; HIP's headers and AMD's device libraries."""
 TARGETS = {"gfx942": 9402, "gfx950": 9500}
 """Each with the number by which AMD's device libraries know it."""
-NVIDIA_ONLY = {"matmul": "tensor cores", "matmul_fp32": "a part of matmul"}
+NVIDIA_ONLY = {"matmul": "tensor cores", "matmul_fp32": "a part of matmul", "moe": "tensor cores"}
 """Sources that are not compiled for AMD, and why."""
 ORDERED = ("all_reduce", "all_gather", "all_reduce_rms_norm")
 """Sources whose kernels wait for other ranks."""
