@@ -215,6 +215,27 @@ def first_mismatch(got: torch.Tensor, expected: torch.Tensor) -> Mismatch | None
     return Mismatch(flat, index, row, element, _hex(x), _hex(y), x.item(), y.item(), ulp)
 
 
+@unseen
+def ulp_histogram(a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
+    """How many elements are how far apart: ``0`` (the sign of a zero), ``1``, ``2``, ``3-4``, ``5-8`` and so on, ``nan``.
+
+    Only elements whose bytes differ are counted; fp32, bf16 and fp16 of one shape.
+    """
+    differs = torch.from_numpy(~_equal(a, b, a.numel(), 1)).reshape(a.shape).to(a.device)
+    apart = ulp_distance(a[differs], b[differs]).cpu().numpy()
+    found = {"nan": int((apart < 0).sum()), "0": int((apart == 0).sum())}
+    steps = np.ceil(np.log2(apart[apart > 0].astype(np.float64))).astype(np.int64)
+    for step, count in zip(*np.unique(steps, return_counts=True), strict=True):
+        low, high = (1 << int(step)) // 2 + 1, 1 << int(step)
+        found[f"{low}-{high}" if low < high else str(high)] = int(count)
+    return {name: count for name, count in found.items() if count}
+
+
+def has_ulp(dtype: torch.dtype) -> bool:
+    """Whether ``ulp_distance`` takes tensors of this dtype."""
+    return dtype in _ULP_CODES
+
+
 def _hex(element: torch.Tensor) -> str:
     return "0x" + as_bytes(element)[::-1].hex()
 

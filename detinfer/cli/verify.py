@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -44,6 +45,9 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
 @click.option("--tp", type=int, metavar="N", help="Ranks [default: as recorded; of vectors, all].")
 @options.reductions_option
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON.")
+@click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a page for people.")
+@click.option("--junit-xml", "junit_file", type=click.Path(dir_okay=False, path_type=Path), help="Write JUnit XML.")
+@click.option("--github", is_flag=True, help="Print annotations of GitHub Actions and add to the job's summary.")
 @click.pass_context
 def verify(
     context: click.Context,
@@ -61,6 +65,9 @@ def verify(
     tp: int | None,
     reductions: Reductions | None,
     json_file: Path | None,
+    html_file: Path | None,
+    junit_file: Path | None,
+    github: bool,
 ) -> None:
     """Replay every recorded layer and the whole model of GOLDEN in batches, and compare the bytes of every row.
 
@@ -94,5 +101,20 @@ def verify(
             if json_file is not None:
                 json_reporter.write(result, json_file)
             text.show(result, Console(highlight=False))
+            if html_file is not None:
+                from detinfer.reporters import html
+
+                html.write(result, html_file)
+            if junit_file is not None:
+                from detinfer.reporters import junit
+
+                junit.write(result, junit_file)
+            if github:
+                from detinfer.reporters import github as github_reporter
+
+                for line in github_reporter.commands(result):
+                    print(line)
+                if page := os.environ.get("GITHUB_STEP_SUMMARY"):
+                    github_reporter.append(result, Path(page))
         held.ranks.share(None)  # a launcher may end the others as soon as one leaves with a verdict
     context.exit(result.exit_code())

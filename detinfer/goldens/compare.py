@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows (last dimensions) were compared and differ, and the first difference."""
+    """How many rows (last dimensions) were compared and differ, the first difference, and how far elements are apart."""
 
     compared: int
     differing: int
     first: Difference | None
+    ulps: dict[str, int] = field(default_factory=dict)
 
 
 @bits.unseen
@@ -45,6 +47,7 @@ def compare(got: Node, expected: Node, dimensions: Dimensions | None = None, bat
         return Rows(1, 1, Difference("", (), 0, "", "", None, None, note))
     compared = differing = 0
     first: Difference | None = None
+    ulps: Counter[str] = Counter()
     for path, value in left.items():
         wanted = right[path]
         if value.shape != wanted.shape or value.dtype != wanted.dtype:
@@ -55,8 +58,10 @@ def compare(got: Node, expected: Node, dimensions: Dimensions | None = None, bat
             equal = bits.rows_equal(value, wanted)
             rows, wrong = equal.numel(), int((~equal).sum())
             found = _locate(path, value, wanted, (dimensions or {}).get(path), batch) if wrong else None
+            if wrong and bits.has_ulp(value.dtype):
+                ulps.update(bits.ulp_histogram(value, wanted))
         compared, differing, first = compared + rows, differing + wrong, first or found
-    return Rows(compared, differing, first)
+    return Rows(compared, differing, first, dict(ulps))
 
 
 def rows_of(tensor: torch.Tensor) -> int:

@@ -118,12 +118,15 @@ def _tallies(parts: Sequence[Sequence[Tally]]) -> list[Tally]:
     for tally in (tally for part in parts for tally in part):
         seen = whole.get(tally.name)
         if seen is None:
-            whole[tally.name] = replace(tally)
+            whole[tally.name] = replace(tally, ulps=dict(tally.ulps), trials=dict(tally.trials))
             continue
         seen.rows_possible += tally.rows_possible
         seen.rows_compared += tally.rows_compared
         seen.rows_differing += tally.rows_differing
         seen.batches += tally.batches
+        for ours, theirs in ((seen.ulps, tally.ulps), (seen.trials, tally.trials)):
+            for name, count in theirs.items():
+                ours[name] = ours.get(name, 0) + count
         seen.skipped = seen.skipped or tally.skipped
     return list(whole.values())
 

@@ -97,7 +97,11 @@ class AxisResult:
 
 @dataclass
 class Tally:
-    """Counts of one unit: rows that could have been compared, were compared, and differed."""
+    """Counts of one unit: rows that could have been compared, were compared, and differed.
+
+    ``ulps`` counts differing elements by their distance (``bits.ulp_histogram``), ``trials`` differing rows by the number
+    of the trial.
+    """
 
     name: str
     kind: str
@@ -107,6 +111,8 @@ class Tally:
     rows_differing: int = 0
     batches: int = 0
     skipped: str | None = None
+    ulps: dict[str, int] = field(default_factory=dict)
+    trials: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,10 @@ class Control:
 
 @dataclass
 class Result:
-    """Everything that ``detinfer verify`` found; ``sweep`` holds the options that a trial is planned from."""
+    """Everything that ``detinfer verify`` found; ``sweep`` holds the options that a trial is planned from.
+
+    ``environment`` is the machine's of this run (``environment.Environment``).
+    """
 
     path: str
     target: str
@@ -203,6 +212,7 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     schema: int = SCHEMA
     sweep: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
 
     def exit_code(self) -> int:
         """Diverged before stale before vacuous; the control is never judged."""

@@ -169,6 +169,10 @@ class Sweep:
         tally.rows_compared += rows.compared
         tally.rows_differing += rows.differing
         tally.batches += 1
+        for distance, count in rows.ulps.items():
+            tally.ulps[distance] = tally.ulps.get(distance, 0) + count
+        if rows.differing:
+            tally.trials[str(trial.number)] = tally.trials.get(str(trial.number), 0) + rows.differing
         self.found.batches += 1
         self.found.batch_rows += len(keys)
         if rows.first is not None and len(self.found.divergences) < KEPT:

@@ -70,6 +70,7 @@ def verify(
         dtype=manifest.target["dtype"],
         policy=policy.to_json(),
         seed=options.seed,
+        environment=environment.capture(native.isa(), target.libraries, device_of(target.module)).to_json(),
         sweep={"n_trials": max(options.n_trials, (options.only_trial or 0) + 1), "batch_sizes": options.batch_sizes},
         invariance=Invariance(),
         golden=Comparison(),

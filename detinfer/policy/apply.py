@@ -140,7 +140,9 @@ def _uncompiled() -> Iterator[None]:
         try:
             yield
         finally:
-            held.append(None)  # where another thread's block has put its own in front, this one does nothing from now on
+            held.append(
+                None
+            )  # where another thread's block has put its own in front, this one does nothing from now on
             if torch.compile is first:
                 torch.compile = original
 

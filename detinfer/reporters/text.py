@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from detinfer.goldens.result import Cause, Divergence, Result, Tally
+from detinfer.reporters import summary
 
 _STYLES = {"same": "green", "diverged": "bold red", "stale": "yellow", "vacuous": "yellow", "not_run": "dim"}
 
@@ -64,7 +64,7 @@ def _layers(result: Result) -> Table:
         table.add_column("policy off", justify="right")
     groups: dict[str, list[Tally]] = {}
     for tally in result.invariance.units:
-        groups.setdefault(_layer(tally.name), []).append(tally)
+        groups.setdefault(summary.layer(tally.name), []).append(tally)
     for name, tallies in groups.items():
         differ = sum(tally.rows_differing for tally in tallies)
         skipped = sum(tally.skipped is not None for tally in tallies)
@@ -102,14 +102,6 @@ def _axes(result: Result) -> Table:
     return table
 
 
-def _layer(name: str) -> str:
-    """The block that a unit belongs to: everything up to the first number of its name."""
-    if not name:
-        return "the whole model"
-    found = re.match(r"(.*?\.\d+)(\.|$)", name)
-    return found.group(1) if found else name
-
-
 def _kinds(tallies: Sequence[Tally]) -> str:
     counts: dict[str, int] = {}
     for tally in tallies:
@@ -134,26 +126,15 @@ def _sensitivity(result: Result, console: Console) -> None:
 
 
 def _first(first: Divergence, what: str, console: Console, cause: Cause | None) -> None:
-    place = f"row {list(first.row)}, element {first.element}"
-    if first.batch is not None:
-        place = (
-            f"trial {first.trial}, batch {first.batch}, request {first.request} at position {first.position}, {place}"
-        )
-    else:
-        place = f"request {first.request} alone, {place}"
-    if first.rank is not None:
-        place = f"rank {first.rank}, {place}"
-    ulp = f", {first.ulp} ULP apart" if first.ulp is not None else ""
-    if first.axis:
-        place = f"{first.axis}; case {first.trial}, request {first.request}, position {first.row[0]}, element {first.element}"
-    values = first.note or f"got {first.got}, expected {first.expected}{ulp}"
     title = {
         "control": "with the policy off, the first to differ",
         "invariance": "first cause",
         "golden": "first cause",
     }
     console.print(f"\n[bold]{title[what]}[/] {first.unit} ({first.type}, {first.phase} step {first.step})")
-    console.print(f"  {place}\n  {values}; {first.rows_differing:,} of {first.rows_compared:,} rows differ")
+    console.print(
+        f"  {summary.place(first)}\n  {summary.values(first)}; {first.rows_differing:,} of {first.rows_compared:,} rows differ"
+    )
     if cause is not None:
         show_cause(cause, console)
     if what != "control":
@@ -165,21 +146,14 @@ def _first(first: Divergence, what: str, console: Console, cause: Cause | None) 
 
 def show_cause(cause: Cause, console: Console) -> None:
     """Print the operation behind a divergence."""
-    ulp = f", {cause.ulp} ULP apart" if cause.ulp is not None else ""
     console.print(f"  operation [bold]{cause.operation}[/] in {cause.path}, {cause.dtype}", soft_wrap=True)
     console.print(f"    alone {cause.alone}; here {cause.other}", soft_wrap=True)
     console.print(
-        f"    element {list(cause.index)}: got {cause.got}, expected {cause.expected}{ulp}; "
+        f"    element {list(cause.index)}: {summary.values(cause)}; "
         f"{cause.elements_differing:,} of {cause.elements:,} elements differ",
         soft_wrap=True,
     )
-    agree = "its inputs agree"
-    if cause.inputs_differing:
-        agree = f"operand {', '.join(map(str, cause.inputs_differing))} differs already"
-    elif cause.inputs_unknown:
-        agree = f"what of operand {', '.join(map(str, cause.inputs_unknown))} is this request's cannot be told"
-    again = "each side repeats itself" if cause.repeats else "it does not repeat itself: a race, not a choice"
-    console.print(f"    {agree}; {again}", soft_wrap=True)
+    console.print(f"    {summary.inputs(cause)}; {summary.repeats(cause)}", soft_wrap=True)
     if cause.only_there:
         console.print(f"    only here, before it: {', '.join(cause.only_there)}", soft_wrap=True)
     if cause.batch is not None:
