@@ -50,7 +50,8 @@ template <class T> int run_reference(const GpuMatmulArgs& p, Stream stream) {
 template <class T, int RW, int TW, int NT, int S, int KC> int launch_skinny(const GpuMatmulArgs& p, Stream stream) {
   using Shape = SkinnyShape<RW, TW, NT, S, KC>;
   const auto kernel = skinny<T, RW, TW, NT, S, KC>;
-  static const Code ready = load_kernel(kernel, Shape::kSharedBytes);
+  static std::atomic<uint64_t> loaded{0};
+  const Code ready = load_here(loaded, kernel, Shape::kSharedBytes);
   if (ready != kNoError) return checked_matmul(ready, "loading the kernel for few rows");
   CUtensorMap weights, tokens;
   if (!describe<T>(&weights, p.w, p.n, p.k, p.w_n, Shape::kRows) || !describe<T>(&tokens, p.x, p.m, p.k, p.x_m, Shape::kTokens))
@@ -97,7 +98,8 @@ template <class T> int run_skinny(const GpuMatmulArgs& p, Stream stream) {
 template <class T, int XT, int WT, int XW, int WW> int launch_tile(const GpuMatmulArgs& p, Stream stream) {
   using Shape = TileShape<XT, WT, XW, WW>;
   const auto kernel = tile<T, XT, WT, XW, WW>;
-  static const Code ready = load_kernel(kernel, Shape::kSharedBytes);
+  static std::atomic<uint64_t> loaded{0};
+  const Code ready = load_here(loaded, kernel, Shape::kSharedBytes);
   if (ready != kNoError) return checked_matmul(ready, "loading the kernel for any strides");
   const int64_t blocks = (p.m + XT - 1) / XT * ((p.n + WT - 1) / WT);
   if (blocks > 0x7fffffff) return refuse_matmul(kBadArgument, "matmul: the result is too large for one call");

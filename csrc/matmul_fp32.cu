@@ -26,7 +26,8 @@ __global__ void reference_fp32(const __grid_constant__ GpuMatmulArgs p) {
 template <int XT, int WT, int RX, int RW, int KC, int S> int launch_fp32(const GpuMatmulArgs& p, Stream stream) {
   using Shape = Fp32Shape<XT, WT, RX, RW, KC, S>;
   const auto kernel = fp32_tile<XT, WT, RX, RW, KC, S>;
-  static const Code ready = load_kernel(kernel, Shape::kSharedBytes);
+  static std::atomic<uint64_t> loaded{0};
+  const Code ready = load_here(loaded, kernel, Shape::kSharedBytes);
   if (ready != kNoError) return checked_matmul(ready, "loading the kernel for fp32");
   const int64_t blocks = (p.m + XT - 1) / XT * ((p.n + WT - 1) / WT);
   if (blocks > 0x7fffffff) return refuse_matmul(kBadArgument, "matmul: the result is too large for one call");
@@ -39,7 +40,8 @@ template <int XT, int WT, int RX, int RW, int WL, int KB, int S, int V, int D, i
 int launch_stream(const GpuMatmulArgs& p, Stream stream) {
   using Shape = StreamShape<XT, WT, RX, RW, WL, KB, S>;
   const auto kernel = stream_fp32<XT, WT, RX, RW, WL, KB, S, V, D, kBlocks>;
-  static const Code ready = load_kernel(kernel, Shape::kSharedBytes);
+  static std::atomic<uint64_t> loaded{0};
+  const Code ready = load_here(loaded, kernel, Shape::kSharedBytes);
   if (ready != kNoError) return checked_matmul(ready, "loading the kernel for aligned fp32");
   CUtensorMap x, w;
   if (!describe<Float32>(&x, p.x, p.m, p.k, p.x_m, XT) || !describe<Float32>(&w, p.w, p.n, p.k, p.w_n, WT))

@@ -90,12 +90,21 @@ def _check(status: int, doing: str) -> None:
         raise NativeError(f"cuBLASLt: {doing}: status {status}")
 
 
-@functools.cache
+_handles: dict[int, ctypes.c_void_p] = {}
+
+
+def ready(device: int) -> bool:
+    """Whether a product can start on a device: its handle is there, or can be made, since no graph is being captured."""
+    return device in _handles or not torch.cuda.is_current_stream_capturing()
+
+
 def _handle(device: int) -> ctypes.c_void_p:
-    handle = ctypes.c_void_p()
-    with torch.cuda.device(device):
-        _check(_library().cublasLtCreate(ctypes.byref(handle)), "making a handle")
-    return handle
+    if device not in _handles:
+        handle = ctypes.c_void_p()
+        with torch.cuda.device(device):
+            _check(_library().cublasLtCreate(ctypes.byref(handle)), "making a handle")
+        _handles[device] = handle
+    return _handles[device]
 
 
 @functools.cache

@@ -98,27 +98,39 @@ def streams(t: torch.Tensor) -> bool:
     return k % unit == 0 and t.stride(1) == 1 and (rows == 1 or t.stride(0) % unit == 0) and t.data_ptr() % 16 == 0
 
 
-def by_rule(m: int, dtype: torch.dtype) -> Choice:
+@functools.cache
+def _accelerates(device: int) -> bool:
+    """Whether a GPU has the tensor memory accelerator, by which ``skinny`` and ``stream`` read."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def by_rule(m: int, dtype: torch.dtype, device: int) -> Choice:
     """The path where nothing was measured, for operands that ``streams``: right by construction."""
+    if not _accelerates(device):
+        return Choice("tile")
     if dtype is torch.float32:
         return Choice("stream")
     return Choice("skinny" if m <= SKINNY_ROWS else "tile")
 
 
 def plan(
-    x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, alpha: float, beta: float
+    x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, alpha: float, beta: float, vector: bool
 ) -> list[tuple[int, int, Step]]:
-    """(first row, byte of x, kernel) for each piece of a product without batches, whose operands lie where they will."""
+    """(first row, byte of x, kernel) for each piece of a product without batches, whose operands lie where they will.
+
+    ``vector``: c is none, or a vector whose address is part of the call.
+    """
     (m, k), n, size = x.shape, w.shape[0], x.element_size()
     key = Key(n, k, x.dtype, w.stride(0), c is not None, x.device.index)
     if m == 0 or n == 0 or k == 0 or not (streams(x) and streams(w)):
         return [(0, 0, kernel("tile", x, w, c, alpha, beta))]
     measured = matmul_table.table(key)
     packed = m == 1 or x.stride(0) == k
-    if x.dtype is not torch.float32 and not (packed and _is_bias(c, alpha, beta)):
+    single = x.dtype is torch.float32
+    if not single and not (packed and vector and _is_bias(c, alpha, beta) and cublaslt.ready(key.device)):
         measured = None  # it holds for cuBLASLt's one form alone
-    if measured is None or x.dtype is torch.float32:
-        chosen = by_rule(m, x.dtype) if measured is None else measured.choose(m)
+    if measured is None or single:
+        chosen = by_rule(m, x.dtype, key.device) if measured is None else measured.choose(m)
         return [(0, 0, kernel(chosen.path, x, w, c, alpha, beta, chosen.variant))]
     found: list[tuple[int, int, Step]] = []
     start = 0
@@ -157,12 +169,13 @@ class _Call:
         c: torch.Tensor | None,
         alpha: float,
         beta: float,
+        vector: bool,
     ) -> None:
         self.shape, self.dtype, self.device = shape, x.dtype, x.device
         self.c_row = 0 if c is None else c.stride(-2) * c.element_size()
         self.out_row = w.shape[-2] * x.element_size()
         batched = x.dim() == 3
-        self.steps = [(0, 0, kernel("tile", x, w, c, alpha, beta))] if batched else plan(x, w, c, alpha, beta)
+        self.steps = [(0, 0, kernel("tile", x, w, c, alpha, beta))] if batched else plan(x, w, c, alpha, beta, vector)
 
     def __call__(self, x: int, w: int, c: int) -> torch.Tensor:
         """The product of what lies at these addresses."""
@@ -228,7 +241,7 @@ def _compute(
     # A bias's address is part of cuBLASLt's description of a product, so it is part of the signature.
     signature = (
         name, a.dtype, b.dtype, a.shape, b.shape, a.stride(), b.stride(), a.device, b.device, x & 15, w & 15, alpha, beta,
-        None if c is None else (c.dtype, c.device, c.shape, c.stride(), added),
+        None if c is None else (c.dtype, c.device, c.shape, c.stride(), added if c.dim() == 1 else None),
     )  # fmt: skip
     call = matmul_table.calls.get(signature)
     if call is not None:
@@ -270,9 +283,10 @@ def _first(
         x, w, added = x[0], w[0], None if added is None else added[0]
     x, w = _placed(x, w)
     matmul_store.state(a.device.index)  # reads the file of proofs before the first call
-    call = _Call(shape, x, w, added, alpha, beta)
+    call = _Call(shape, x, w, added, alpha, beta, c is None or c.dim() == 1)
     pairs = ((a, x), (b, w), *(((c, added),) if c is not None and added is not None else ()))
-    if all(given.data_ptr() == used.data_ptr() for given, used in pairs):  # a copy must be made in every call
+    kept = cublaslt.ready(a.device.index)  # else the next call may find a faster path
+    if kept and all(given.data_ptr() == used.data_ptr() for given, used in pairs):  # a copy must be made in every call
         if len(matmul_table.calls) >= _KEPT_CALLS:
             matmul_table.calls.clear()
         matmul_table.calls[signature] = call

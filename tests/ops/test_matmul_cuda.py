@@ -257,3 +257,84 @@ def test_a_table_chooses_by_rows() -> None:
     ]
     matmul_table.use([table])
     assert matmul_table.table(key) is table and matmul_table.table(key._replace(added=True)) is None
+
+
+class Recorded:
+    """Stands for the kernels on a machine without a GPU: which of them a plan asks for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[str, int]] = []
+        monkeypatch.setattr(matmul_cuda, "kernel", lambda path, x, *_: self.asked.append((path, len(x))))
+        monkeypatch.setattr(
+            matmul_cuda, "cublaslt_kernel", lambda algorithm, x, *_: self.asked.append(("cublaslt_no_split", len(x)))
+        )
+        monkeypatch.setattr(matmul_cuda, "_accelerates", lambda device: True)
+        monkeypatch.setattr(matmul_cuda.cublaslt, "ready", lambda device: True)
+
+    def plan(
+        self, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None = None, alpha: float = 1, vector: bool = True
+    ) -> list[tuple[str, int]]:
+        self.asked.clear()
+        steps = matmul_cuda.plan(x, w, c, alpha, 1.0, vector)
+        assert [row * x.shape[1] * x.element_size() for row, _, _ in steps] == [offset for _, offset, _ in steps]
+        return list(self.asked)
+
+
+def test_where_cublaslt_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only in the form that was proved, in pieces that were proved; all else is right by construction."""
+    seen = Recorded(monkeypatch)
+    x, w = torch.zeros(5000, 64, dtype=torch.bfloat16), torch.zeros(96, 64, dtype=torch.bfloat16)
+    bias = torch.zeros(128, dtype=torch.bfloat16)
+    assert seen.plan(x[:7], w) == [("skinny", 7)], "nothing was measured"
+    choices = (matmul_table.Choice("skinny", 1), matmul_table.Choice("cublaslt_no_split", -1, b"a"))
+    for added in (False, True):
+        key = matmul_table.Key(96, 64, torch.bfloat16, 64, added, None)  # type: ignore[arg-type]
+        matmul_table.use([matmul_table.Table(key, (8, 16384), choices, 1024, (1024, 2048, 3072, 4096), 1)])
+    lt = "cublaslt_no_split"
+    assert seen.plan(x[:7], w) == [("skinny", 7)]
+    assert seen.plan(x, w) == [(lt, 4096), (lt, 904)]
+    assert seen.plan(x[:1028], w) == [(lt, 1024), ("skinny", 4)]
+    assert seen.plan(x.repeat(8, 1), w)[0] == (lt, 4096)
+    assert seen.plan(x[:9], w, bias[:96].expand(9, 96)) == [(lt, 9)]
+    others: list[tuple[torch.Tensor | None, float, bool]] = [
+        (bias[:96].expand(9, 96), 2.0, True),  # alpha
+        (bias[1:97].expand(9, 96), 1.0, True),  # not on 16 bytes
+        (bias[:96].expand(9, 96), 1.0, False),  # an address that the call does not know
+        (torch.zeros(9, 96, dtype=torch.bfloat16), 1.0, False),  # a matrix
+    ]
+    for c, alpha, vector in others:
+        assert seen.plan(x[:9], w, c, alpha, vector) == [("skinny", 9)], (alpha, vector)
+    gaps = torch.zeros(9, 128, dtype=torch.bfloat16)[:, :64]
+    assert seen.plan(gaps, w) == [("skinny", 9)], "a proof holds for rows without gaps"
+    shifted = torch.zeros(9 * 64 + 1, dtype=torch.bfloat16)[1:].view(9, 64)
+    assert seen.plan(shifted, w) == [("tile", 9)]
+    assert seen.plan(x[:0], w) == [("tile", 0)]
+    monkeypatch.setattr(matmul_cuda.cublaslt, "ready", lambda device: False)
+    assert seen.plan(x[:9], w) == [("skinny", 9)], "a handle is not made while a graph is captured"
+    monkeypatch.setattr(matmul_cuda, "_accelerates", lambda device: False)
+    assert seen.plan(gaps, w) == [("tile", 9)]
+
+
+def test_fp32_streams_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Recorded(monkeypatch)
+    x, w = torch.zeros(3000, 20), torch.zeros(7, 20)
+    assert seen.plan(x, w) == [("stream", 3000)]
+    assert seen.plan(x[:, :18], w[:, :18]) == [("tile", 3000)]
+    key = matmul_table.Key(7, 20, torch.float32, 20, False, None)  # type: ignore[arg-type]
+    matmul_table.use([matmul_table.Table(key, (4096,), (matmul_table.Choice("stream", 3),), 0, (128,), 1)])
+    assert seen.plan(x, w) == [("stream", 3000)]
+
+
+def test_what_lies_badly_is_copied_where_that_pays() -> None:
+    x, w = torch.ones(300, 64, dtype=torch.bfloat16), torch.ones(96, 64, dtype=torch.bfloat16)
+    column = w.t().contiguous().t()
+    assert matmul_cuda._placed(x, w) == (x, w)
+    few = matmul_cuda._placed(x[:5], column)
+    assert few[1] is column, "a weight is not copied for few rows"
+    moved = matmul_cuda._placed(x, column)[1]
+    assert moved.stride() == (64, 1) and first_mismatch(moved, w) is None
+    shifted = torch.ones(300 * 64 + 1, dtype=torch.bfloat16)[1:].view(300, 64)
+    copied = matmul_cuda._placed(shifted, w)[0]
+    assert copied.data_ptr() % 16 == 0 and copied.data_ptr() != shifted.data_ptr()
+    odd = torch.ones(300, 63, dtype=torch.bfloat16)
+    assert matmul_cuda._placed(odd, torch.ones(96, 63, dtype=torch.bfloat16))[0] is odd
