@@ -1,0 +1,107 @@
+"""Attention's Triton kernels compile for AMD's matrix units and NVIDIA's, and lay out the keys of a product in one way.
+
+Compiled only: nothing here runs on a GPU, and none of the kernels has ever run on AMD's.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.7.1")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from detinfer.ops import attention_plain_triton, attention_prefill_triton, attention_triton  # noqa: E402
+
+AMD = (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx950", 64))
+NVIDIA = GPUTarget("cuda", 90, 32)
+
+COMMON: dict[str, Any] = {
+    "G": 4, "SHARE": 1, "D": 64, "DV": 64, "DP": 64, "DVP": 64, "PAGE": 0, "CAUSAL": True, "WINDOW": False,
+    "SPANS": False, "MASK": 0, "STARTED": False, "COUNTED": False, "SINK": False, "WANT_LSE": False,
+}  # fmt: skip
+TILES = {**COMMON, "BM": 64}
+FEW = {**COMMON, "BM": 16, "POSITIONS": 1, "SCAN": False}
+PREFILL = {
+    "G": 4, "SHARE": 1, "D": 64, "DV": 64, "DP": 64, "DVP": 64, "BM": 64, "CAUSAL": True, "WANT_LSE": False,
+}  # fmt: skip
+KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "tiles, a mask": (attention_triton.tiles, {**TILES, "SPANS": True, "MASK": 1}),
+    "decode, a mask": (attention_triton.decode, {**FEW, "CAUSAL": False, "MASK": 1, "SCAN": True}),
+    "decode, pages, a window, sinks": (
+        attention_triton.decode,
+        {**FEW, "PAGE": 16, "COUNTED": True, "WINDOW": True, "SINK": True},
+    ),
+    "prefill": (attention_prefill_triton.prefill, PREFILL),
+    "plain": (
+        attention_plain_triton.plain,
+        {"D": 64, "DV": 64, "DP": 64, "DVP": 64, "SINK": False, "SPLIT": 0, "BACKWARDS": False},
+    ),
+}
+"""Each kernel with constants of a call."""
+
+_TYPES = {"LSE": "*fp32", "TOPS": "*fp32", "TOTALS": "*fp32", "OUTS": "*fp32", "ADDED": "*fp32", "c": "fp32"}
+
+
+def compiled(name: str, target: Any) -> Any:
+    kernel, constants = KERNELS[name]
+    dtype = "bf16"
+    types = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            types[argument] = "constexpr"
+        elif argument in ("Q", "K", "V", "OUT", "SINKS"):
+            types[argument] = f"*{dtype}"
+        elif argument in ("KD", "VD"):
+            types[argument] = f"tensordesc<{dtype}[1, 1, 64, 64]>"
+        elif argument in ("BIAS", "MASKS"):
+            types[argument] = "*u8"
+        elif argument == "SHARE":
+            types[argument] = "i32"
+        else:
+            types[argument] = _TYPES.get(argument, "*i32" if argument.isupper() and len(argument) > 2 else "i32")
+    # As at a launch: rows of K and V start on 16 bytes.
+    aligned = [
+        place
+        for place, argument in enumerate(kernel.arg_names)
+        if argument not in constants and (argument in "QKV" or re.fullmatch(r"OUTS?|[qkvo]_[bhin]|[kv]_page", argument))
+    ]
+    attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": False, "num_warps": 4, "num_stages": 2})
+
+
+@pytest.mark.parametrize("target", AMD, ids=lambda target: target.arch)
+@pytest.mark.parametrize("name", KERNELS)
+def test_amd(name: str, target: Any) -> None:
+    """Code for the processor, with instructions of its matrix unit."""
+    assembly = compiled(name, target).asm["amdgcn"]
+    assert target.arch in assembly
+    assert re.search(r"v_mfma_f32_\d+x\d+x\d+_?bf16", assembly)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_nvidia(name: str) -> None:
+    """Matrix instructions, no contraction, and no operand whose keys lie in another order than the others'."""
+    made = compiled(name, NVIDIA)
+    assert re.search(r"(wgmma\.mma_async|mma)\.sync", made.asm["ptx"])
+    widths = set(re.findall(r"kWidth = (\d+)", made.asm["ttgir"]))
+    assert widths <= {"2"}, f"keys are permuted inside a product: {widths}"
+    assert widths
+
+
+def test_a_byte_that_weights_depend_on_would_permute_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What _mask_byte is for: with a plain load of the mask, the same kernel fails the check above."""
+
+    @triton.jit
+    def loaded(at, mask):  # type: ignore[no-untyped-def]
+        return triton.language.load(at, mask=mask, other=0)
+
+    monkeypatch.setattr(attention_triton, "_mask_byte", loaded)
+    attention_triton._walk.hash = attention_triton.decode.hash = None
+    found = set(re.findall(r"kWidth = (\d+)", compiled("decode, a mask", NVIDIA).asm["ttgir"]))
+    assert found - {"2"}
