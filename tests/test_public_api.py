@@ -29,6 +29,8 @@ NAMES = {
     "explain",
 }
 OPTIONS = {
+    "bench attention": {"--device", "--dtype", "--json", "--repeats", "--threads"},
+    "bench elements": {"--dtype", "--only", "--repeats", "--threads"},
     "bench collectives": {"--dtype", "--json", "--ranks", "--seconds", "--sizes"},
     "bench collectives-cuda": {"--json", "--plot", "--ranks", "--table", "--tune"},
     "bench experts": {"--json", "--repeats", "--tokens"},

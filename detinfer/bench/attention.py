@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -101,3 +101,8 @@ def table(timings: Sequence[Timing]) -> Table:
         microseconds = (f"{t.torch * 1e6:.1f}", f"{t.detinfer * 1e6:.1f}", f"{t.ratio:.2f}")
         shown.add_row(t.dtype, *map(str, t.shape), "bool" if t.masked else "", *microseconds)
     return shown
+
+
+def to_json(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    """The timings for a file, in seconds."""
+    return [{**asdict(t), "ratio": t.ratio} for t in timings]

@@ -1,18 +1,13 @@
-"""Elementwise functions, softmax, means and norms against torch's, both sides in turn in one run.
-
-python -m detinfer.bench.elements --threads 2
-"""
+"""Elementwise functions, softmax, means and norms against torch's, both sides in turn in one run."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 
 from detinfer.bench import threads as held
@@ -101,17 +96,3 @@ def table(timings: Sequence[Timing]) -> Table:
         microseconds = (f"{t.torch * 1e6:.0f}", f"{t.detinfer * 1e6:.0f}", f"{t.ratio:.2f}")
         shown.add_row(t.op, t.dtype, str(t.threads), *microseconds)
     return shown
-
-
-def main() -> None:
-    """Time everything and print the table."""
-    parser = argparse.ArgumentParser(description="Elementwise and row operations against torch's, in one run.")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--only", nargs="*", default=())
-    chosen = parser.parse_args()
-    Console().print(table(list(run(threads=chosen.threads, repeats=chosen.repeats, only=chosen.only))))
-
-
-if __name__ == "__main__":
-    main()

@@ -96,6 +96,58 @@ def _model_on_gpu(shape: str, repeats: int, path: Path | None) -> None:
         path.write_text(json.dumps(benchmark.to_json(timings, found), indent=1) + "\n")
 
 
+@bench.command()
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="cuda where there is one, unless given.")
+@_dtypes
+@_threads
+@_repeats
+@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there too.")
+def attention(device: str | None, names: tuple[str, ...], threads: int, repeats: int, path: Path | None) -> None:
+    """Attention against torch's: on a GPU against each of its backends, in bf16; on CPU SmolLM2-135M's shapes."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("bench attention --device cuda: torch sees no CUDA device; leave the option out for the CPU")
+    console, shown = Console(stderr=True), Console()
+    shown.width = max(shown.width, 120)
+    if device != "cpu" and torch.cuda.is_available():
+        from detinfer.bench import attention_cuda as on_gpu
+
+        total = len(on_gpu.GROUPS) * len(on_gpu.DECODE + on_gpu.PREFILL)
+        timed = on_gpu.run(repeats=repeats)
+        found = list(track(timed, "timing", total=total, console=console, transient=True))
+        shown.print(on_gpu.table(found))
+        result = on_gpu.to_json(found)
+    else:
+        from detinfer.bench import attention as on_cpu
+
+        dtypes = [dtype for name in names if (dtype := options.dtype(name)) is not None]
+        total = 2 * len(dtypes) * len(on_cpu.SHAPES)
+        timings = on_cpu.run(dtypes, threads, repeats)
+        times = list(track(timings, "timing", total=total, console=console, transient=True))
+        shown.print(on_cpu.table(times))
+        result = on_cpu.to_json(times)
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+@bench.command()
+@_dtypes
+@_threads
+@click.option("--repeats", default=60, show_default=True, help="Calls of each side, in turn.")
+@click.option("--only", multiple=True, metavar="OPERATION", help="Repeatable; all unless given.")
+def elements(names: tuple[str, ...], threads: int, repeats: int, only: tuple[str, ...]) -> None:
+    """Elementwise functions, sums, softmax and norms on CPU, 512 x 1536 elements."""
+    from detinfer.bench import elements as benchmark
+
+    dtypes = [dtype for name in names if (dtype := options.dtype(name)) is not None]
+    known = benchmark.calls(dtypes[0])
+    if unknown := sorted(set(only) - set(known)):
+        raise UsageError(f"--only {', '.join(unknown)}: choose from {', '.join(known)}")
+    total = len(dtypes) * (len(set(only)) or len(known))
+    timings = benchmark.run(dtypes, threads, repeats, only)
+    found = list(track(timings, "timing", total=total, console=Console(stderr=True), transient=True))
+    Console().print(benchmark.table(found))
+
+
 def _bytes(text: str) -> int:
     """``65536``, ``64KiB`` or ``16MiB`` as a number."""
     found = re.fullmatch(r"(\d+) ?(KiB|MiB|B|)", text.strip())
