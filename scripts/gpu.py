@@ -1,6 +1,7 @@
 """Everything that needs a GPU, in one command: builds the GPU library, runs the tests, the stress and the benchmark.
 
-    python scripts/gpu.py                    # build, tests marked gpu, 2,000 iterations of 13 shapes, benchmark
+    python scripts/gpu.py                    # build, tests marked gpu, 2,000 iterations of 13 shapes, benchmark: 2 GPUs
+    python scripts/gpu.py --ranks 8          # the same between 8, with a table of paths that is made first
     python scripts/gpu.py --mutants          # builds with one planted fault each, and what the stress says of them
 
 Needs nvcc and torch with CUDA. What it builds is under build/gpu. The check for AMD is scripts/hip.py.
@@ -19,7 +20,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 CSRC = CHECKOUT / "csrc"
 SOURCES = ("communicator_gpu", "all_reduce", "all_gather", "all_reduce_rms_norm")
 MUTANTS = (1, 2, 4, 5, 6)
-TESTS = ("all_reduce", "processes", "protocol")
+TESTS = ("all_reduce", "vectors", "processes", "protocol")
 
 
 def run(command: list[str], **variables: str) -> int:
@@ -47,29 +48,36 @@ def build(folder: Path, mutant: int = 0) -> Path:
     return library
 
 
-def stress(library: Path, iterations: int, *more: str) -> int:
-    """13 shapes between two GPUs."""
-    program = "tests/collectives/cuda_stress.py"
-    return run([sys.executable, program, "2", str(iterations), *more], DETINFER_GPU_LIBRARY=str(library))
+def stress(library: Path, ranks: int, iterations: int, *more: str, **variables: str) -> int:
+    """13 shapes between ``ranks`` GPUs."""
+    program = [sys.executable, "tests/collectives/cuda_stress.py", str(ranks), str(iterations), *more]
+    return run(program, **{"DETINFER_GPU_LIBRARY": str(library), **variables})
 
 
 def main() -> int:
     """Run what was asked for; 0 where all is well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutants", action="store_true")
+    parser.add_argument("--ranks", type=int, default=2)
     chosen = parser.parse_args()
+    ranks = str(chosen.ranks)
     folder = CHECKOUT / "build/gpu"
     if chosen.mutants:
         for mutant in MUTANTS:
-            stress(build(folder / f"mutant{mutant}", mutant), 40, "every path")
+            stress(build(folder / f"mutant{mutant}", mutant), chosen.ranks, 40, "every path")
         return 0
     library = build(folder)
     files = [f"tests/collectives/test_cuda_{name}.py" for name in TESTS]
     failed = run([sys.executable, "-m", "pytest", "-q", *files], DETINFER_GPU_LIBRARY=str(library))
-    failed |= stress(library, 2000)
-    report = str(folder / "collectives.json")
-    bench = [sys.executable, "-m", "detinfer", "bench", "collectives-cuda", "--json", report]
-    return failed | run(bench, DETINFER_GPU_LIBRARY=str(library))
+    bench = [sys.executable, "-m", "detinfer", "bench", "collectives-cuda", "--ranks", ranks]
+    given = {"DETINFER_GPU_LIBRARY": str(library)}
+    if chosen.ranks > 2:
+        table = str(folder / f"paths-{ranks}.json")
+        failed |= run([*bench, "--tune", "--table", table], **given)
+        given["DETINFER_CUDA_PATHS"] = table
+    failed |= stress(library, chosen.ranks, 2000, **given)
+    failed |= stress(library, chosen.ranks, 100, "every path", **given)
+    return failed | run([*bench, "--json", str(folder / f"collectives-{ranks}.json")], **given)
 
 
 if __name__ == "__main__":
