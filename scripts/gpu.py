@@ -48,10 +48,9 @@ def build(folder: Path, mutant: int = 0) -> Path:
     return library
 
 
-def stress(library: Path, ranks: int, iterations: int, *more: str, **variables: str) -> int:
+def stress(ranks: int, iterations: int, *more: str, **variables: str) -> int:
     """13 shapes between ``ranks`` GPUs."""
-    program = [sys.executable, "tests/collectives/cuda_stress.py", str(ranks), str(iterations), *more]
-    return run(program, **{"DETINFER_GPU_LIBRARY": str(library), **variables})
+    return run([sys.executable, "tests/collectives/cuda_stress.py", str(ranks), str(iterations), *more], **variables)
 
 
 def main() -> int:
@@ -64,7 +63,8 @@ def main() -> int:
     folder = CHECKOUT / "build/gpu"
     if chosen.mutants:
         for mutant in MUTANTS:
-            stress(build(folder / f"mutant{mutant}", mutant), chosen.ranks, 40, "every path")
+            library = build(folder / f"mutant{mutant}", mutant)
+            stress(chosen.ranks, 40, "every path", DETINFER_GPU_LIBRARY=str(library))
         return 0
     library = build(folder)
     files = [f"tests/collectives/test_cuda_{name}.py" for name in TESTS]
@@ -75,8 +75,8 @@ def main() -> int:
         table = str(folder / f"paths-{ranks}.json")
         failed |= run([*bench, "--tune", "--table", table], **given)
         given["DETINFER_CUDA_PATHS"] = table
-    failed |= stress(library, chosen.ranks, 2000, **given)
-    failed |= stress(library, chosen.ranks, 100, "every path", **given)
+    failed |= stress(chosen.ranks, 2000, **given)
+    failed |= stress(chosen.ranks, 100, "every path", **given)
     return failed | run([*bench, "--json", str(folder / f"collectives-{ranks}.json")], **given)
 
 
