@@ -15,7 +15,7 @@ import torch
 from detinfer.collectives.calls import OPS
 from detinfer.collectives.communicator import Communicator, connect
 from detinfer.collectives.cuda import CudaCommunicator, connect_here
-from detinfer.errors import DetinferError
+from detinfer.errors import DetinferError, PeerError, RankMismatch
 from detinfer.policy import refusals
 from detinfer.policy.collectives import BACKEND, COVERED, ORDERED_GATHER, PEER_MEMORY, SHARED_MEMORY, Collective, Ranks
 from detinfer.policy.decide import decide
@@ -75,6 +75,7 @@ def _on_one_gpu() -> list[CudaCommunicator] | str:
 def _among_streams(pool: ThreadPoolExecutor, ranks: list[CudaCommunicator] | str) -> Prove:
     if isinstance(ranks, str):
         return lambda *subject: Refused(subject[0], PEER_MEMORY, ranks)
+    lost: list[str] = []  # a rank that was waited for in vain: the communicators are of no further use
     streams = {one.rank: torch.cuda.Stream(one.device) for one in ranks}  # type: ignore[no-untyped-call]
 
     def prove(collective: Collective, reduction: str, dtype: torch.dtype) -> Proof | Refused:
@@ -85,7 +86,16 @@ def _among_streams(pool: ThreadPoolExecutor, ranks: list[CudaCommunicator] | str
             with torch.cuda.device(rank.device), torch.cuda.stream(streams[rank.rank]):
                 return compare(run, ways(PEER_MEMORY, collective), subject, rank.rank, SIZE, rank.device)
 
-        return _first(PEER_MEMORY, collective, lambda: list(pool.map(one, ranks)))
+        def everyone() -> list[Proof]:
+            try:
+                return list(pool.map(one, ranks))
+            except (PeerError, RankMismatch) as error:
+                lost.append(str(error))
+                raise
+
+        if lost:
+            return Refused(collective, PEER_MEMORY, f"its proof did not run: {lost[0]}")
+        return _first(PEER_MEMORY, collective, everyone)
 
     return _once(prove)
 
