@@ -19,8 +19,9 @@ from torch import Tensor
 from detinfer.bits import dtype_name
 from detinfer.errors import RefusedError
 from detinfer.policy.backends import through
-from detinfer.policy.collectives import BACKEND, COVERED, REDUCTIONS
+from detinfer.policy.collectives import BACKEND, COVERED, REDUCTIONS, SHARED_MEMORY
 from detinfer.policy.decide import Known, decide
+from detinfer.policy.front import Front
 from detinfer.policy.groups import Group, Groups
 from detinfer.policy.policy import Accepted, Decision, Refused
 from detinfer.policy.refusals import message
@@ -36,6 +37,7 @@ class Distributed:
 
     def __init__(self, known: Known) -> None:
         self._groups = Groups()
+        self._front: Front | None = None
         library: Any = torch.library.Library  # untyped in torch
         self._library = library("c10d", "IMPL")
         try:
@@ -48,12 +50,15 @@ class Distributed:
                         call = _override(name, _RUN.get(name), self._groups, known)
                         short = name.removeprefix("c10d::")
                         self._library.impl(short, call, device, allow_override=True)
+            self._front = Front(self._groups)
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
         """Give the operators back to the backends, and leave every group."""
+        if self._front is not None:
+            self._front.remove()
         self._library._destroy()
         self._groups.close()
 
@@ -102,7 +107,7 @@ class _Call:
     def _settle(self, group: Group, number: int, reduction: str, dtype: torch.dtype) -> str:
         policy = STATE.policy()
         if group.policy is not policy:
-            group.policy, group.settled = policy, {}
+            group.policy, group.settled, group.fast = policy, {}, {}
         memo = (self._name, number, dtype)
         found: tuple[Decision, Any] | None = group.settled.get(memo)
         if found is None:
@@ -110,6 +115,8 @@ class _Call:
             decision = decide(policy, self._name, (dtype,), self._known, variant=reduction, ranks=ranks)
             how = ", ".join(filter(None, (reduction, f"{group.size} ranks")))
             found = group.settled[memo] = decision, (f"{self._name}({how})", (dtype,))
+            if self._name == "c10d::allreduce_" and isinstance(decision, Accepted) and decision.path == SHARED_MEMORY:
+                group.fast[number, dtype] = reduction, found[1], decision  # type: ignore[assignment]
         decision, key = found
         trace = STATE.trace()
         if trace is not None:

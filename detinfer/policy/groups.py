@@ -19,13 +19,14 @@ import torch.distributed as dist
 
 from detinfer import native
 from detinfer.collectives import communicator
+from detinfer.collectives.calls import ReduceOp
 from detinfer.collectives.communicator import Communicator, connect
 from detinfer.collectives.cuda import CudaCommunicator
 from detinfer.collectives.cuda import connect as connect_gpus
 from detinfer.collectives.ordered_gather import reduce_gathered
 from detinfer.errors import DetinferError, PeerError, RefusedError, UsageError
 from detinfer.policy.collectives import ORDERED_GATHER, PEER_MEMORY, SHARED_MEMORY, Collective, Ranks
-from detinfer.policy.policy import Policy, Proof, Refused
+from detinfer.policy.policy import Accepted, Policy, Proof, Refused
 from detinfer.policy.rank_proofs import compare, gathered, shared_memory, ways
 from detinfer.policy.state import STATE
 
@@ -48,6 +49,8 @@ class Group:
         self.policy: Policy | None = None
         self.settled: dict[Any, Any] = {}
         """What ``policy`` has decided: the overrides' memo."""
+        self.fast: dict[Any, tuple[ReduceOp, Any, Accepted]] = {}
+        """all_reduce calls that it sends to shared memory, by (ReduceOp, dtype): ``front``'s memo."""
         self._proofs: dict[tuple[Collective, str, torch.dtype], Proof | Refused] = {}
         self.communicator: Communicator | CudaCommunicator | None = None
         self.why = ""
@@ -218,6 +221,11 @@ a rank that frees its buffers while another still writes into them would bring b
 
 class Groups:
     """The groups met under the policies in force, each from its first collective on."""
+
+    def known_to(self, group: dist.ProcessGroup | None) -> Group | None:
+        """The group's state for CPU tensors, if it was met before."""
+        by_device = None if group is None else self._found.get(group)
+        return None if by_device is None else by_device.get("cpu")
 
     def __init__(self) -> None:
         self._found: weakref.WeakKeyDictionary[Any, dict[str, Group]] = weakref.WeakKeyDictionary()

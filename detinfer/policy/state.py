@@ -52,17 +52,21 @@ class State:
 
     def policy(self) -> Policy:
         """The policy that answers on the calling thread: its own innermost one, else the process's last."""
-        entry = self._innermost() or (self._entries[-1] if self._entries else None)
+        entry = self.innermost() or (self._entries[-1] if self._entries else None)
         return Policy() if entry is None else entry.policy
 
     def trace(self) -> Trace | None:
         """The tracing pass of the calling thread's innermost policy."""
-        entry = self._innermost()
+        entry = self.innermost()
         return None if entry is None else entry.trace
 
-    def _innermost(self) -> Entry | None:
+    def innermost(self) -> Entry | None:
+        """The calling thread's own innermost entry."""
         thread = get_ident()
-        return next((entry for entry in reversed(self._entries) if entry.thread == thread), None)
+        for entry in reversed(self._entries):  # a loop: a generator takes a microsecond
+            if entry.thread == thread:
+                return entry
+        return None
 
     @contextmanager
     def entering(self, entry: Entry, families: Any, install: Callable[[Any], Installed]) -> Iterator[None]:
@@ -72,7 +76,7 @@ class State:
                 self._installed = install(families)
             elif self._installed.families is not families:
                 raise UsageError("another policy is in force with other families: leave it first")
-            outer = self._innermost()
+            outer = self.innermost()
             self._entries.append(entry)
         if outer is not None and outer.trace is not None:
             outer.trace.suspended += 1

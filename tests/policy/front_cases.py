@@ -1,0 +1,138 @@
+"""The short way of ``dist.all_reduce``, run by three processes over gloo: ``python front_cases.py FOLDER``.
+
+Each writes what it saw to ``FOLDER/RANK.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import all_reduce as bound_early
+from torch.distributed.distributed_c10d import _coalescing_manager
+
+from detinfer.collectives.communicator import Communicator
+from detinfer.collectives.stress import cancelling
+from detinfer.policy import deterministic
+from detinfer.policy.state import STATE
+from detinfer.reference.all_reduce import all_reduce as reference
+
+SIZE, COUNT = 3, 400
+
+
+def stored(x: torch.Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+class Own(torch.Tensor):
+    """A subclass: it goes by the operator."""
+
+
+def run(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=SIZE)
+    found: dict[str, Any] = {}
+    plain = dist.all_reduce
+    slow: list[str] = []
+    call = Communicator.all_reduce
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        # Which way a call came: from the operator's override (policy/distributed.py) or from the front.
+        frame: Any = sys._getframe(1)
+        slow.append("front" if frame.f_code.co_filename.endswith("front.py") else "operator")
+        return call(self, *arguments, **options)
+
+    Communicator.all_reduce = counted  # type: ignore[method-assign]
+    drawn = {name: cancelling(SIZE, COUNT // 2, name) for name in ("float32", "bfloat16")}  # type: ignore[arg-type]
+    # Moved on by one rank in the second half, so that both rotations of three ranks show.
+    parts = {name: [np.concatenate([part, all_[r - 1]]) for r, part in enumerate(all_)] for name, all_ in drawn.items()}
+
+    def own(name: str = "float32") -> torch.Tensor:
+        return torch.from_numpy(parts[name][rank].view(np.uint8).copy()).view(getattr(torch, name))
+
+    def one(what: str, work: Any, name: str = "float32") -> None:
+        slow.clear()
+        got = stored(work(own(name)))
+        want = reference(parts[name], name).tobytes()  # type: ignore[arg-type]
+        found[what] = [list(slow), got == want]
+
+    def reduced(x: torch.Tensor, **options: Any) -> torch.Tensor:
+        dist.all_reduce(x, **options)
+        return x
+
+    def early(x: torch.Tensor) -> torch.Tensor:
+        bound_early(x)
+        return x
+
+    def waited(x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x, async_op=True).wait()
+        return x
+
+    def coalesced(x: torch.Tensor) -> torch.Tensor:
+        with _coalescing_manager():
+            dist.all_reduce(x)
+        return x
+
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        room = torch.zeros(COUNT, 2)
+        room[:, 0] = x
+        dist.all_reduce(room[:, 0])
+        assert not room[:, 1].any()
+        return room[:, 0].contiguous()
+
+    def on_a_thread(x: torch.Tensor) -> torch.Tensor:
+        thread = threading.Thread(target=lambda: dist.all_reduce(x))
+        thread.start()
+        thread.join()
+        return x
+
+    with deterministic("batch", uncovered="trust"):
+        one("first", reduced)
+        one("second", reduced)
+        one("by name", lambda x: reduced(x, op=dist.ReduceOp.SUM, group=dist.group.WORLD))
+        one("bfloat16 first", reduced, "bfloat16")
+        one("bfloat16 second", reduced, "bfloat16")
+        one("early", early)
+        one("async", waited)
+        one("coalesced", coalesced)
+        one("strided", strided)
+        one("thread", on_a_thread)
+        one("subclass", lambda x: reduced(x.as_subclass(Own)).as_subclass(torch.Tensor))
+        x = own()
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        found["max"] = stored(x) == reference(parts["float32"], "float32", "max").tobytes()
+        with deterministic("batch"):
+            one("traced", reduced)
+        with deterministic("batch", uncovered="trust"):
+            one("inner first", reduced)
+            one("inner second", reduced)
+        kept = dist.all_reduce
+        found["replaced"] = kept is not plain
+    found["restored"] = dist.all_reduce is plain and dist.distributed_c10d.all_reduce is plain
+    slow.clear()
+    x = own()
+    kept(x)
+    found["kept"] = [list(slow), stored(x) == reference(parts["float32"], "float32").tobytes()]
+    found["left"] = STATE.innermost() is None
+    rotated = [*parts["float32"][1:], parts["float32"][0]]
+    found["order shows"] = reference(rotated, "float32").tobytes() != reference(parts["float32"], "float32").tobytes()
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run, args=(rank, sys.argv[1])) for rank in range(SIZE)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in ranks))
