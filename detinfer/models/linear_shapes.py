@@ -43,5 +43,5 @@ def of_target(spec: str, dtype: torch.dtype | None = None) -> list[LinearShape]:
         target = targets.load(spec, dtype)
         shapes = of_module(target.module, dtype)
     if not shapes:
-        raise TargetError(f"target {spec}: it has no torch.nn.Linear layer, so there is nothing to prove")
+        raise TargetError(f"target {spec}: it has no torch.nn.Linear layer to prove: give its shapes with --shape")
     return shapes

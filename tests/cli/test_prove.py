@@ -92,3 +92,45 @@ def test_what_is_kept_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     finally:
         matmul_store.state.cache_clear()
         matmul_table.forget()
+
+
+def test_the_report_and_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command around a proof, which stands in here for a GPU's: what it asks for, prints, writes and keeps."""
+    from detinfer.ops import matmul_cuda_proof, matmul_store, matmul_table
+    from detinfer.ops.matmul_table import Choice, Key, Table
+
+    asked: list[tuple[int, int, torch.dtype, bool]] = []
+
+    def measured(n: int, k: int, dtype: torch.dtype, device: torch.device, *, bias: bool) -> object:
+        asked.append((k, n, dtype, bias))
+        lt = Choice("cublaslt_no_split", -1, bytes(64))
+        choices = (Choice("skinny", 0), Choice("skinny", 2), lt)
+        table = Table(Key(n, k, dtype, k, bias, 0), (1, 8, 16384), choices, 1024, (1024,), 4321 * n)
+        matmul_table.use([table])
+        return matmul_cuda_proof.Measured(table, {}, ("cuBLASLt gives other bytes at 3 rows",) if bias else ())
+
+    monkeypatch.setenv("DETINFER_CACHE", str(tmp_path))
+    monkeypatch.setattr(matmul_store, "fingerprint", lambda device: {"name": "a GPU"})
+    monkeypatch.setattr(matmul_cuda_proof, "prove_shape", measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    matmul_table.forget()
+    matmul_store.state.cache_clear()
+    report = tmp_path / "result.json"
+    try:
+        words = ["prove", "--shape", "64,128", "--shape", "128, 64, bias", "--dtype", "float16", "--json", str(report)]
+        assert cli.run(words) == 0
+        assert asked == [(64, 128, torch.float16, False), (128, 64, torch.float16, True)]
+        shown = capsys.readouterr()
+        assert "not used: cuBLASLt gives other bytes at 3 rows" in shown.out
+        assert "64 -> 128" in shown.out and str(tmp_path / "proofs") in shown.err
+        shapes = json.loads(report.read_text())["shapes"]
+        assert shapes[0]["paths"] == [[8, "skinny"], [16384, "cublaslt_no_split"]]
+        assert [one["compared"] for one in shapes] == [4321 * 128, 4321 * 64]
+        kept = matmul_store.read(tmp_path / "proofs" / matmul_store.FILE, {"name": "a GPU"}, 0)
+        assert isinstance(kept, matmul_store.Read) and {table.key.n for table in kept.tables} == {64, 128}
+    finally:
+        matmul_table.forget()
+        matmul_store.state.cache_clear()
