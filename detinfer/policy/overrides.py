@@ -40,7 +40,7 @@ class Overrides:
                     for overload in forms(op):
                         if overload.name != op and overload.name in families.covered:
                             continue  # the family has a function of its own for this form
-                        original = torch.library.get_kernel(overload.name, key)
+                        original = _kernel(overload.name, key)
                         call = _override(overload.name, adapt(found.function, overload), original, families)
                         name = overload.name.removeprefix("aten::")
                         self._library.impl(name, call, key, with_keyset=True, allow_override=True)
@@ -51,6 +51,24 @@ class Overrides:
     def remove(self) -> None:
         """Give the key back to torch's own kernels."""
         self._library._destroy()
+
+
+def _kernel(name: str, key: str) -> Any:
+    """torch's own kernel; where it has none (a build without CUDA), one that refuses what would be handed to it."""
+    try:
+        return torch.library.get_kernel(name, key)
+    except RuntimeError:
+        return _Absent(name, key)
+
+
+class _Absent:
+    def __init__(self, name: str, key: str) -> None:
+        self._why = message(
+            name, f"this torch has no kernel of its own for {key}, and detinfer's does not take the call"
+        )
+
+    def call_boxed(self, *args: Any, **kwargs: Any) -> Any:
+        raise RefusedError(self._why)
 
 
 def _override(name: str, function: Callable[..., Any], original: Any, families: Families) -> Callable[..., Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from detinfer import ops
 from detinfer.errors import RefusedError
@@ -206,3 +208,60 @@ def test_the_tables_of_every_device_fit_torch() -> None:
         assert len(ieee | values | set(table)) == len(ieee) + len(values) + len(table)
         there = replace(own(), covered=table, ieee=ieee, values=values, device=device, elsewhere={})
         assert set(table) <= set(there.known.covered)
+
+
+class Redispatched(Elsewhere):
+    """A tensor that says that it is on a GPU, and sends every call to what is registered for CUDA."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keys = torch._C.DispatchKey
+        with torch._C._ExcludeDispatchKeyGuard(
+            torch._C.DispatchKeySet(keys.Python) | torch._C.DispatchKeySet(keys.PythonTLSSnapshot)
+        ):
+            return func(*args, **(kwargs or {}))
+
+
+REACHED: list[tuple[str, Callable[[], Any]]] = [
+    ("aten::linear", lambda: F.linear(there(4, 8), there(3, 8))),
+    ("aten::linear", lambda: F.linear(there(4, 8), there(3, 8), there(3))),
+    ("aten::matmul", lambda: there(2, 4, 8) @ there(8, 3)),
+    ("aten::mm", lambda: torch.mm(there(4, 8), there(8, 3))),
+    ("aten::addmm", lambda: there(4, 3).addmm(there(4, 8), there(8, 3))),
+    ("aten::bmm", lambda: torch.bmm(there(2, 4, 8), there(2, 8, 3))),
+    ("aten::scaled_dot_product_attention", lambda: F.scaled_dot_product_attention(*(there(1, 2, 4, 8),) * 3)),
+    ("aten::_softmax", lambda: torch.softmax(there(4, 8), -1)),
+    ("aten::mean.dim", lambda: there(4, 8).mean(-1)),
+    ("aten::rms_norm", lambda: F.rms_norm(there(4, 8), (8,))),
+    ("aten::native_layer_norm", lambda: torch.native_layer_norm(there(4, 8), (8,), None, None, 1e-5)),
+]
+
+
+def there(*shape: int) -> torch.Tensor:
+    """A tensor on the GPU that is not there."""
+    return Redispatched(*shape)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_the_gpus_own_table_is_reached(mode: Any) -> None:
+    """torch's dispatcher brings calls on CUDA tensors to our functions, those that torch composes of others included."""
+    seen: list[str] = []
+
+    def noting(op: str) -> Callable[..., Any]:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            seen.append(op)
+            return (args[0],) * 3 if op == "aten::native_layer_norm" else args[0]
+
+        return function
+
+    covered = {op: replace(found, function=noting(op)) for op, found in ops.covered("cuda").items()}
+    gpu = replace(families("cuda"), covered=covered)
+    with mode(), deterministic("batch", uncovered="trust", families=replace(own(), elsewhere={"cuda": gpu})):
+        for op, call in REACHED:
+            seen.clear()
+            call()
+            assert seen == [op]
+        with pytest.raises(
+            RefusedError, match=r"aten::mm on torch\.float64 is refused: float64 has no canonical order"
+        ):
+            torch.mm(Redispatched(4, 8, dtype=torch.float64), Redispatched(8, 3, dtype=torch.float64))
