@@ -93,9 +93,14 @@ def cublaslt_kernel(algorithm: bytes, x: torch.Tensor, w: torch.Tensor, bias: to
 
 
 def streams(t: torch.Tensor) -> bool:
-    """Whether the fast kernels and cuBLASLt take a [rows, k] operand as it lies: k contiguous, rows on 16 bytes."""
-    (rows, k), unit = t.shape, 16 // t.element_size()
-    return k % unit == 0 and t.stride(1) == 1 and (rows == 1 or t.stride(0) % unit == 0) and t.data_ptr() % 16 == 0
+    """Whether the fast kernels and cuBLASLt take a [rows, k] operand as it lies: k contiguous, rows on 16 bytes and apart."""
+    (rows, k), unit, step = t.shape, 16 // t.element_size(), t.stride(0)
+    return (
+        k % unit == 0
+        and t.stride(1) == 1
+        and (rows == 1 or (step % unit == 0 and step >= k))
+        and t.data_ptr() % 16 == 0
+    )
 
 
 @functools.cache

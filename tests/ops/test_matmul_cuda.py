@@ -336,5 +336,7 @@ def test_what_lies_badly_is_copied_where_that_pays() -> None:
     shifted = torch.ones(300 * 64 + 1, dtype=torch.bfloat16)[1:].view(300, 64)
     copied = matmul_cuda._placed(shifted, w)[0]
     assert copied.data_ptr() % 16 == 0 and copied.data_ptr() != shifted.data_ptr()
+    one_row = x[:1].expand(300, 64)
+    assert matmul_cuda._placed(one_row, w)[0].stride() == (64, 1), "rows that lie on one another are copied"
     odd = torch.ones(300, 63, dtype=torch.bfloat16)
     assert matmul_cuda._placed(odd, torch.ones(96, 63, dtype=torch.bfloat16))[0] is odd
