@@ -60,6 +60,7 @@ OPTIONS = {
         "--tp",
     },
     "run": {"--allow", "--engine", "--policy", "--report", "--uncovered"},
+    "diff": {"--json"},
     "locate": {"--control", "--device", "--golden", "--script", "--target"},
     "verify": {
         "--batch-sizes",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from detinfer.goldens.result import AxisResult, Cause, Divergence, Result, Tally
@@ -50,6 +50,11 @@ def ulps(tallies: Sequence[Tally]) -> list[tuple[str, int]]:
     for tally in tallies:
         for distance, count in tally.ulps.items():
             counts[distance] = counts.get(distance, 0) + count
+    return by_distance(counts)
+
+
+def by_distance(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The entries of a histogram of distances, nearest first and NaN last."""
     return sorted(counts.items(), key=lambda item: float("inf") if item[0] == "nan" else int(item[0].split("-")[0]))
 
 
