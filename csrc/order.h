@@ -36,6 +36,7 @@ DETINFER_HD static inline float div_rn(float a, float b) { return __fdiv_rn(a, b
 DETINFER_HD static inline float sqrt_rn(float a) { return __fsqrt_rn(a); }
 DETINFER_HD static inline float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DETINFER_HD static inline double add_rn(double a, double b) { return __dadd_rn(a, b); }
+DETINFER_HD static inline double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 DETINFER_HD static inline double div_rn(double a, double b) { return __ddiv_rn(a, b); }
 #else
 DETINFER_HD static inline float sqrt_rn(float a) { return __builtin_sqrtf(a); }

@@ -1,0 +1,128 @@
+"""Norms and softmax along rows on a GPU against torch's default, in replays of a CUDA graph, both sides in one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+
+from detinfer.bits import dtype_name, first_mismatch
+from detinfer.errors import Diverged
+from detinfer.ops import rows_cuda
+from detinfer.ops.rows_proof import spread
+
+SHAPES = (
+    *((rows, n) for rows in (1, 16, 128, 1024, 16384) for n in (128, 1024, 4096, 8192)),
+    *((rows, 152064) for rows in (1, 8, 64)),
+)
+"""(rows, elements of a row): hidden sizes, and logits."""
+
+OPS = ("rms_norm", "layer_norm", "softmax", "log_softmax")
+_COLD_BYTES = 130 << 20  # of inputs in one replay: twice the second cache
+_MOST_CALLS = 24
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median microseconds of one call on both sides."""
+
+    op: str
+    dtype: torch.dtype
+    rows: int
+    n: int
+    torch: float
+    detinfer: float
+
+    @property
+    def ratio(self) -> float:
+        """detinfer's time over torch's."""
+        return self.detinfer / self.torch
+
+
+def run(
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    repeats: int = 9,
+) -> Iterator[Timing]:
+    """Time every operation at every shape; Diverged where a row's bytes are not those of the row alone."""
+    with torch.inference_mode():
+        for dtype in dtypes:
+            for rows, n in shapes:
+                copies = max(2, min(_MOST_CALLS, _COLD_BYTES // (rows * n * dtype.itemsize)))
+                some = spread(n, dtype, 3).cuda()
+                inputs = [(some * (i + 1)).repeat((rows + 2) // 3, 1)[:rows].contiguous() for i in range(copies)]
+                vectors = [some[0].clone(), some[1].clone()]
+                for op in OPS:
+                    ours, plain = _calls(op, n, vectors)
+                    if first := first_mismatch(ours(inputs[0])[-1:].cpu(), ours(inputs[0][-1:].clone()).cpu()):
+                        raise Diverged(f"{op} of {rows} x {n}, {dtype}: {first}")
+                    yield Timing(op, dtype, rows, n, _graph(plain, inputs, repeats), _graph(ours, inputs, repeats))
+
+
+def _calls(
+    op: str, n: int, vectors: Sequence[torch.Tensor]
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """(detinfer's function, torch's)."""
+    weight, bias = vectors
+    if op == "rms_norm":
+        return partial(rows_cuda.rms_norm, weight=weight, eps=1e-6), partial(
+            F.rms_norm, normalized_shape=[n], weight=weight, eps=1e-6
+        )
+    if op == "layer_norm":
+        return lambda x: rows_cuda.native_layer_norm(x, [n], weight, bias, 1e-5)[0], partial(
+            F.layer_norm, normalized_shape=[n], weight=weight, bias=bias
+        )
+    if op == "softmax":
+        return partial(rows_cuda.softmax, dim=-1), partial(torch.softmax, dim=-1)
+    return partial(rows_cuda.log_softmax, dim=-1), partial(torch.log_softmax, dim=-1)
+
+
+def _graph(call: Callable[[torch.Tensor], Any], inputs: Sequence[torch.Tensor], repeats: int) -> float:
+    """Median microseconds of one call, from replays of a graph of a call for each of the inputs."""
+    cuda: Any = torch.cuda  # untyped in torch
+    side = cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(inputs[0])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x in inputs:
+            call(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    found: list[float] = []
+    for _ in range(repeats):
+        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(float(start.elapsed_time(end)) * 1e3 / len(inputs))
+    return sorted(found)[repeats // 2]
+
+
+def geometric_mean(timings: Sequence[Timing]) -> float:
+    """Of the ratios."""
+    return math.exp(sum(math.log(t.ratio) for t in timings) / len(timings))
+
+
+def table(timings: Sequence[Timing]) -> Table:
+    """The ratios, a line for each operation and row length, a column for each number of rows."""
+    counts = sorted({t.rows for t in timings})
+    shown = Table(title="rows, detinfer / torch, CUDA graph")
+    for heading in ("operation", "dtype", "row"):
+        shown.add_column(heading)
+    for count in counts:
+        shown.add_column(str(count), justify="right")
+    for op, dtype, n in dict.fromkeys((t.op, t.dtype, t.n) for t in timings):
+        by_rows = {t.rows: t for t in timings if (t.op, t.dtype, t.n) == (op, dtype, n)}
+        cells = (f"{by_rows[count].ratio:.2f}" if count in by_rows else "" for count in counts)
+        shown.add_row(op, dtype_name(dtype), str(n), *cells)
+    return shown
