@@ -64,6 +64,13 @@ int threads();
 #define DETINFER_PARAMETER const __grid_constant__
 #endif
 
+// Blocks that read each other's shared memory.
+#if defined(__HIP__)
+#define DETINFER_CLUSTERS 0
+#else
+#define DETINFER_CLUSTERS 1
+#endif
+
 namespace detinfer {
 namespace gpu {
 
@@ -181,6 +188,25 @@ static inline Code launch(void (*kernel)(Parameters...), int blocks, int threads
   config.numAttrs = overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
+// `clusters` times `blocks` blocks; a kernel's own shared memory beside the dynamic one counts too.
+template <class... Parameters, class... Arguments>
+static inline Code launch_cluster(void (*kernel)(Parameters...), int clusters, int blocks, int threads, int shared_bytes,
+                                  Stream stream, Arguments... arguments) {
+  const Code code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (code != cudaSuccess) return code;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
 #endif
 
 // --- Device side: memory shared between GPUs. docs/concepts/memory_ordering.md has the argument. ---
@@ -282,6 +308,38 @@ static __device__ __forceinline__ void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+#if DETINFER_CLUSTERS
+// --- Device side: clusters of blocks. ---
+
+// Of all threads of the cluster, in two halves: what came before the arrival is seen after the wait.
+static __device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+static __device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+static __device__ __forceinline__ void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// The value at `shared`, an address in this block's shared memory, in that of the cluster's block `rank`.
+static __device__ __forceinline__ float from_block(const float* shared, int rank) {
+  float value = 0.0f;
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+#endif
+  return value;
+}
+#endif
 
 // --- Device side: lanes and conversions. ---
 

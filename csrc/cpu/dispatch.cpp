@@ -66,7 +66,7 @@ TorchParallelFor torch_parallel_for = nullptr;
 TorchGetNumThreads torch_get_num_threads = nullptr;
 
 #define DETINFER_TABLE(level) \
-  Kernels { level::matmul, level::attention, level::elementwise, level::rows, level::all_reduce }
+  Kernels { level::matmul, level::attention, level::elementwise, level::rows, level::all_reduce, level::sampling }
 
 struct Level {
   const char* name;
@@ -95,7 +95,8 @@ const Level kLevels[] = {
     {"avx2", has_avx2, DETINFER_TABLE(avx2)},
     {"avx512", has_avx512, DETINFER_TABLE(avx512)},
     {"avx512_bf16", has_avx512_bf16,
-     {avx512_bf16::matmul, avx512::attention, avx512::elementwise, avx512::rows, avx512::all_reduce}},
+     {avx512_bf16::matmul, avx512::attention, avx512::elementwise, avx512::rows, avx512::all_reduce,
+      avx512::sampling}},
 #endif
 };
 const Level* current = &kLevels[0];
@@ -172,6 +173,7 @@ DETINFER_ENTRY_OF(attention_sinks, attention, AttentionSinksArgs, sizeof(Attenti
 DETINFER_ENTRY(elementwise, ElementwiseArgs, sizeof(ElementwiseArgs))
 DETINFER_ENTRY(rows, RowsArgs, sizeof(RowsArgs))
 DETINFER_ENTRY(all_reduce, AllReduceArgs, sizeof(AllReduceArgs))
+DETINFER_ENTRY(sampling, SamplingArgs, sizeof(SamplingArgs))
 
 DETINFER_EXPORT int detinfer_communicator_call_size() { return static_cast<int>(sizeof(CollectiveArgs)); }
 

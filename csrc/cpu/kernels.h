@@ -7,6 +7,7 @@
 #include "../matmul.h"
 #include "../platform.h"
 #include "../rows.h"
+#include "../sampling.h"
 
 namespace detinfer {
 
@@ -16,6 +17,7 @@ struct Kernels {
   int (*elementwise)(const ElementwiseArgs&);
   int (*rows)(const RowsArgs&);
   int (*all_reduce)(const AllReduceArgs&);
+  int (*sampling)(const SamplingArgs&);
 };
 
 #define DETINFER_DECLARE(level)              \
@@ -25,6 +27,7 @@ struct Kernels {
   int elementwise(const ElementwiseArgs&);   \
   int rows(const RowsArgs&);                 \
   int all_reduce(const AllReduceArgs&);      \
+  int sampling(const SamplingArgs&);         \
   }
 DETINFER_DECLARE(baseline)
 DETINFER_DECLARE(avx2)

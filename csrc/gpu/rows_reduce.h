@@ -19,7 +19,7 @@ static __device__ __forceinline__ float sum_or_mean(const GpuRowsArgs& p, float 
 }
 
 template <class Shape>
-static __global__ void __launch_bounds__(Shape::kThreads) reduce_rows(DETINFER_PARAMETER GpuRowsArgs p, bool aligned) {
+static __global__ void __launch_bounds__(Shape::kThreads) reduce_rows(DETINFER_PARAMETER GpuRowsArgs p) {
   using T = typename Shape::T;
   constexpr int kPack = Shape::kPack;
   __shared__ typename Row<Shape>::Shared shared;
@@ -28,15 +28,15 @@ static __global__ void __launch_bounds__(Shape::kThreads) reduce_rows(DETINFER_P
   const bool extreme = p.op == kMax || p.op == kMin, greatest = p.op == kMax;
   const float infinity = __builtin_inff();
   const float fill = !extreme ? -0.0f : greatest ? -infinity : infinity;
-  const auto get = [&](int64_t k, float(&v)[kPack]) {
-    load_values<T, kPack>(v, x + row.element(k) * T::kBytes, row.left(k), aligned, fill);
+  const auto get = [&](int k, float(&v)[kPack]) {
+    load_values<T, kPack, Shape::kAligned>(v, x + row.element(k) * T::kBytes, row.left(k), fill);
   };
   Values<Shape, decltype(get)> values(row, get);
   float result;
   if (extreme) {
     const auto join = [=](float a, float b) { return greatest ? greater_of(a, b) : lesser_of(a, b); };
     float found = fill;
-    values.each([&](int64_t, int, const float(&v)[kPack]) {
+    values.each([&](int, int, const float(&v)[kPack]) {
 #pragma unroll
       for (int i = 0; i < kPack; i++) found = join(found, v[i]);
     });
@@ -44,7 +44,7 @@ static __global__ void __launch_bounds__(Shape::kThreads) reduce_rows(DETINFER_P
   } else {
     typename Row<Shape>::Lanes lane;
     Row<Shape>::clear(lane);
-    values.each([&](int64_t, int slot, const float(&v)[kPack]) {
+    values.each([&](int, int slot, const float(&v)[kPack]) {
 #pragma unroll
       for (int i = 0; i < kPack; i++) lane[slot][i] = add_rn(lane[slot][i], v[i]);
     });
@@ -109,7 +109,8 @@ static __global__ void __launch_bounds__(kColumns* kStrands) reduce_columns(DETI
 #pragma unroll
   for (int half = kStrands / 2; half >= 1; half /= 2)
 #pragma unroll
-    for (int s = 0; s < half; s++) {
+    for (int s = 0; s < kStrands / 2; s++) {
+      if (s >= half) continue;
       if (extreme) of[s] = greatest ? greater_of(of[s], of[s + half]) : lesser_of(of[s], of[s + half]);
       else of[s] = add_rn(of[s], of[s + half]);
     }

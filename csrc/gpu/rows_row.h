@@ -14,10 +14,12 @@
 namespace detinfer {
 namespace gpu {
 
-// kHold: packs of a row that a thread keeps; 0: it reads the row again for every pass.
-template <class Type, int kGroup_, int kWarps_, int kPack_, int kHold_> struct RowShape {
+// kHold: packs of a row that a thread keeps; 0: it reads the row again for every pass. kAligned: all rows of all tensors
+// start on the boundaries of packs and end with a whole one.
+template <class Type, int kGroup_, int kWarps_, int kPack_, int kHold_, bool kAligned_> struct RowShape {
   using T = Type;
   static constexpr int kGroup = kGroup_, kWarps = kWarps_, kPack = kPack_, kHold = kHold_;
+  static constexpr bool kAligned = kAligned_;
   static constexpr int kThreads = kWarps == 1 ? 128 : 32 * kWarps;  // of a block
   static constexpr int kRows = kWarps == 1 ? kThreads / kGroup : 1;  // of a block
   static constexpr int kRound = kGroup * kWarps * kPack;
@@ -28,31 +30,39 @@ template <class Type, int kGroup_, int kWarps_, int kPack_, int kHold_> struct R
   static_assert(kRound <= kRowLanes && kAtOnce % kSlots == 0, "a round is at most one lane an element");
 };
 
-// `left` elements from `at`, widened; those past the end are `fill`. Aligned: to the whole pack, and none is missing.
-template <class T, int kPack>
-static __device__ __forceinline__ void load_values(float (&v)[kPack], const char* at, int64_t left, bool aligned, float fill) {
-  constexpr int kWords = kPack / T::kPerWord;
-  const Pack<kWords> pack = load_pack<T, kWords>(at, left * T::kBytes, aligned);
+// `left` elements from `at`, widened; those past the end are `fill`. A pack of more than 16 bytes is several loads.
+template <class T, int kPack, bool kAligned>
+static __device__ __forceinline__ void load_values(float (&v)[kPack], const char* at, int64_t left, float fill) {
+  constexpr int kWords = kPack * T::kBytes / 4 < 4 ? kPack * T::kBytes / 4 : 4, kEach = kWords * T::kPerWord;
 #pragma unroll
-  for (int e = 0; e < kPack; e++) v[e] = T::get(pack.word[e / T::kPerWord], e % T::kPerWord);
-  if (aligned || left >= kPack) return;
+  for (int part = 0; part < kPack; part += kEach) {
+    Pack<kWords> pack;
+    if constexpr (kAligned) pack = *reinterpret_cast<const Pack<kWords>*>(at + part * T::kBytes);
+    else pack = load_pack<T, kWords>(at + part * T::kBytes, (left - part) * T::kBytes, false);
 #pragma unroll
-  for (int e = 0; e < kPack; e++)
-    if (e >= left) v[e] = fill;
+    for (int e = 0; e < kEach; e++) {
+      v[part + e] = T::get(pack.word[e / T::kPerWord], e % T::kPerWord);
+      if (!kAligned && part + e >= left) v[part + e] = fill;
+    }
+  }
 }
 
-template <class T, int kPack>
-static __device__ __forceinline__ void store_values(char* at, const float (&v)[kPack], int64_t left, bool aligned) {
-  constexpr int kWords = kPack / T::kPerWord;
-  Pack<kWords> pack;
+template <class T, int kPack, bool kAligned>
+static __device__ __forceinline__ void store_values(char* at, const float (&v)[kPack], int64_t left) {
+  constexpr int kWords = kPack * T::kBytes / 4 < 4 ? kPack * T::kBytes / 4 : 4, kEach = kWords * T::kPerWord;
 #pragma unroll
-  for (int w = 0; w < kWords; w++) {
-    float part[T::kPerWord];
+  for (int part = 0; part < kPack; part += kEach) {
+    Pack<kWords> pack;
 #pragma unroll
-    for (int i = 0; i < T::kPerWord; i++) part[i] = v[w * T::kPerWord + i];
-    pack.word[w] = T::put(part);
+    for (int w = 0; w < kWords; w++) {
+      float words[T::kPerWord];
+#pragma unroll
+      for (int i = 0; i < T::kPerWord; i++) words[i] = v[part + w * T::kPerWord + i];
+      pack.word[w] = T::put(words);
+    }
+    if constexpr (kAligned) *reinterpret_cast<Pack<kWords>*>(at + part * T::kBytes) = pack;
+    else store_pack<T, kWords>(at + part * T::kBytes, pack, (left - part) * T::kBytes, false);
   }
-  store_pack<T, kWords>(at, pack, left * T::kBytes, aligned);
 }
 
 // The place of a thread in its row, and what the row's threads find together.
@@ -70,13 +80,13 @@ template <class Shape> class Row {
     const int position = kWarps == 1 ? thread % Shape::kGroup : ((j >> 3) * kWarps + thread / 32) * 8 + (j & 7);
     first_ = position * kPack;
     const int64_t left = row_ < rows ? n - first_ : 0;
-    packs_ = left <= 0 ? 0 : (left + Shape::kRound - 1) / Shape::kRound;
+    packs_ = left <= 0 ? 0 : static_cast<int>((left + Shape::kRound - 1) / Shape::kRound);
   }
   __device__ __forceinline__ int64_t row() const { return row_; }
   __device__ __forceinline__ bool leads() const { return first_ == 0 && packs_ > 0; }  // one thread of the row
-  __device__ __forceinline__ int64_t packs() const { return packs_; }  // of this thread
-  __device__ __forceinline__ int64_t element(int64_t k) const { return first_ + k * Shape::kRound; }
-  __device__ __forceinline__ int64_t left(int64_t k) const { return n_ - element(k); }
+  __device__ __forceinline__ int packs() const { return packs_; }  // of this thread
+  __device__ __forceinline__ int64_t element(int k) const { return first_ + static_cast<int64_t>(k) * Shape::kRound; }
+  __device__ __forceinline__ int64_t left(int k) const { return n_ - element(k); }
 
   static __device__ __forceinline__ void clear(Lanes& lane) {
 #pragma unroll
@@ -150,13 +160,14 @@ template <class Shape> class Row {
 #pragma unroll
       for (int half = kWarps / 2; half >= 1; half /= 2)
 #pragma unroll
-        for (int w = 0; w < half; w++) of[w] = add_rn(of[w], of[w + half]);
+        for (int w = 0; w < kWarps / 2; w++)
+          if (w < half) of[w] = add_rn(of[w], of[w + half]);
       v[i] = of[0];
     }
   }
 
-  int64_t n_, row_, packs_;
-  int first_;
+  int64_t n_, row_;
+  int first_, packs_;
 };
 
 // Values of a row, kPack at a time: get(k, v) computes pack k of this thread; those of a held row are computed once.
@@ -177,9 +188,9 @@ template <class Shape, class Get> class Values {
     if constexpr (Shape::kHold != 0) {
 #pragma unroll
       for (int k = 0; k < kAtOnce; k++)
-        if (k < row_.packs()) use(static_cast<int64_t>(k), k % Shape::kSlots, held_[k]);
+        if (k < row_.packs()) use(k, k % Shape::kSlots, held_[k]);
     } else {
-      for (int64_t start = 0; start < row_.packs(); start += kAtOnce) {
+      for (int start = 0; start < row_.packs(); start += kAtOnce) {
         float v[kAtOnce][kPack];
 #pragma unroll
         for (int k = 0; k < kAtOnce; k++)

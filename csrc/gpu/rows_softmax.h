@@ -14,22 +14,14 @@ static __device__ __forceinline__ char* row_of(void* base, int64_t row, int64_t 
 }
 
 // Into rows of T or of fp32.
-template <class T, int kPack>
-static __device__ __forceinline__ void store_either(const GpuRowsArgs& p, int64_t row, int64_t element, const float (&v)[kPack],
-                                                    int64_t left, bool aligned) {
-  if (T::kPerWord == 1 || p.out_dtype == kFloat32) {
-    char* at = row_of(p.out, row, p.n, 4) + element * 4;
-    if constexpr (kPack <= 4) store_values<Float32, kPack>(at, v, left, aligned);
-    else {
-#pragma unroll
-      for (int part = 0; part < kPack; part += 4) {
-        const float four[4] = {v[part], v[part + 1], v[part + 2], v[part + 3]};
-        if (left > part) store_values<Float32, 4>(at + part * 4, four, left - part, aligned);
-      }
-    }
-  } else {
-    store_values<T, kPack>(row_of(p.out, row, p.n, T::kBytes) + element * T::kBytes, v, left, aligned);
-  }
+template <class Shape>
+static __device__ __forceinline__ void store_either(const GpuRowsArgs& p, const Row<Shape>& row, int k, const float (&v)[Shape::kPack]) {
+  using T = typename Shape::T;
+  if (T::kPerWord == 1 || p.out_dtype == kFloat32)
+    store_values<Float32, Shape::kPack, Shape::kAligned>(row_of(p.out, row.row(), p.n, 4) + row.element(k) * 4, v, row.left(k));
+  else
+    store_values<T, Shape::kPack, Shape::kAligned>(row_of(p.out, row.row(), p.n, T::kBytes) + row.element(k) * T::kBytes, v,
+                                                   row.left(k));
 }
 
 // v - most for each value, then e^ of it: the quick way, or where one of them is too small or NaN, the other.
@@ -50,20 +42,20 @@ template <int kPack> static __device__ __forceinline__ void exponentials(float (
 }
 
 template <class Shape, bool kLog>
-static __global__ void __launch_bounds__(Shape::kThreads) softmax(DETINFER_PARAMETER GpuRowsArgs p, bool aligned, bool aligned_out) {
+static __global__ void __launch_bounds__(Shape::kThreads) softmax(DETINFER_PARAMETER GpuRowsArgs p) {
   using T = typename Shape::T;
   constexpr int kPack = Shape::kPack;
   __shared__ typename Row<Shape>::Shared shared[2];
   const Row<Shape> row(p.rows, p.n);
   const char* x = row_of(p.x, row.row(), p.x_row, T::kBytes);
   const float lowest = -__builtin_inff();
-  const auto get = [&](int64_t k, float(&v)[kPack]) {
-    load_values<T, kPack>(v, x + row.element(k) * T::kBytes, row.left(k), aligned, lowest);
+  const auto get = [&](int k, float(&v)[kPack]) {
+    load_values<T, kPack, Shape::kAligned>(v, x + row.element(k) * T::kBytes, row.left(k), lowest);
   };
   Values<Shape, decltype(get)> values(row, get);
 
   float most = lowest;  // NaN is passed over: the exponentials carry it into the sum
-  values.each([&](int64_t, int, const float(&v)[kPack]) {
+  values.each([&](int, int, const float(&v)[kPack]) {
 #pragma unroll
     for (int e = 0; e < kPack; e++) most = fmaxf(most, v[e]);
   });
@@ -71,7 +63,7 @@ static __global__ void __launch_bounds__(Shape::kThreads) softmax(DETINFER_PARAM
 
   typename Row<Shape>::Lanes lane;
   Row<Shape>::clear(lane);
-  values.each([&](int64_t, int slot, float(&v)[kPack]) {
+  values.each([&](int, int slot, float(&v)[kPack]) {
     float e[kPack];
     exponentials<kPack>(e, v, most);
 #pragma unroll
@@ -84,14 +76,14 @@ static __global__ void __launch_bounds__(Shape::kThreads) softmax(DETINFER_PARAM
 
   if constexpr (kLog) {
     const float log_sum = static_cast<float>(log64(static_cast<double>(sum)));
-    values.each([&](int64_t k, int, float(&v)[kPack]) {
+    values.each([&](int k, int, float(&v)[kPack]) {
 #pragma unroll
       for (int i = 0; i < kPack; i++) v[i] = add_rn(add_rn(v[i], -most), -log_sum);
-      store_either<T, kPack>(p, row.row(), row.element(k), v, row.left(k), aligned_out);
+      store_either<Shape>(p, row, k, v);
     });
   } else {
     const Divisor divided(sum);
-    values.each([&](int64_t k, int, float(&v)[kPack]) {
+    values.each([&](int k, int, float(&v)[kPack]) {
       if constexpr (Shape::kHold == 0) {
         float e[kPack];
         exponentials<kPack>(e, v, most);
@@ -100,7 +92,7 @@ static __global__ void __launch_bounds__(Shape::kThreads) softmax(DETINFER_PARAM
       }
 #pragma unroll
       for (int i = 0; i < kPack; i++) v[i] = divided(v[i]);
-      store_either<T, kPack>(p, row.row(), row.element(k), v, row.left(k), aligned_out);
+      store_either<Shape>(p, row, k, v);
     });
   }
 }

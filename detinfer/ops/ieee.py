@@ -27,6 +27,7 @@ from detinfer import native
 from detinfer.errors import RefusedError
 from detinfer.ops.evidence import REFERENCE_NAME, WIDTHS, Evidence, every_exponent, from_bits, from_values, to_bits
 from detinfer.ops.evidence import to_values as values_of
+from detinfer.reference import elementwise
 from detinfer.reference import ieee as reference
 from detinfer.reference.arithmetic import CANONICAL_NAN
 
@@ -57,8 +58,24 @@ SCALARS = (0.1, -3.0, 0.0)
 _OVER_SCALARS = ("aten::add.Tensor", "aten::sub.Tensor", "aten::mul.Tensor", "aten::div.Tensor")
 """``x * 0.1`` is a call of ``mul.Tensor``: torch makes a tensor of the number."""
 
-_KEEPS_SCALAR = ("mul", "div")
+_KEEPS_SCALAR = {"cpu": ("mul", "div"), "cuda": ("mul", "add", "sub", "rsub")}
 """Here torch keeps a scalar operand in fp32; elsewhere it rounds the scalar to the tensor's dtype first."""
+
+ELSEWHERE_OTHER: tuple[str, ...] = (
+    *("aten::relu", "aten::clamp", "aten::clamp_min", "aten::clamp_max", "aten::hardtanh"),
+    *("aten::add.Tensor", "aten::sub.Tensor", "aten::div.Tensor"),
+    *("aten::add.Scalar", "aten::sub.Scalar", "aten::rsub.Scalar", "aten::div.Scalar"),
+)
+"""Operations of which torch's CUDA kernels give other bytes than its CPU kernels, each of them one rounding.
+
+Bounds that equal a zero of the other sign win on CUDA (relu of -0 is +0). A number as an operand of ``add`` and ``sub``
+stays fp32 there, and ``x / number`` is a product with the fp32 reciprocal.
+"""
+
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], Any], ...]] = {
+    "cpu": (reference.clamp_min, reference.clamp_max),
+    "cuda": (elementwise.maximum, elementwise.minimum),
+}
 
 Arguments = Callable[[torch.Tensor, torch.Tensor], tuple[Any, ...]]
 Truth = Callable[[Any, Any], Any]
@@ -89,6 +106,9 @@ def prove_ieee(op: str, dtype: torch.dtype, device: str = "cpu") -> tuple[int, b
 
 def _cases(op: str, name: str, overload: str, dtype: torch.dtype, device: str) -> list[Case]:
     """Each way of calling the operation: its arguments made from two tensors, and the truth from their values."""
+    at_least, at_most = _BOUNDS[device]
+    if op == "aten::relu" and device == "cuda":
+        return [(lambda x, y: (x,), lambda x, y: at_least(x, reference.ZERO))]
     if op in _UNARY:
         return [(lambda x, y: (x,), lambda x, y: reference.UNARY[name](x))]
     tensors: list[Case] = [(lambda x, y: (x, y), reference.BINARY[name])] if op in _BINARY else []
@@ -98,7 +118,7 @@ def _cases(op: str, name: str, overload: str, dtype: torch.dtype, device: str) -
     low, high, tenth = _rounded(-0.1, dtype), _rounded(0.3, dtype), np.float32(0.1)
 
     def between(x: Any, y: Any) -> Any:
-        return reference.clamp_max(reference.clamp_min(x, low), high)
+        return at_most(at_least(x, low), high)
 
     def finite(x: Any, y: Any) -> Any:
         return np.where(np.isnan(x), high, np.where(np.isinf(x), np.copysign(np.float32(2), x), x))
@@ -107,10 +127,10 @@ def _cases(op: str, name: str, overload: str, dtype: torch.dtype, device: str) -
     table: dict[str, list[Case]] = {
         "clamp": [
             (lambda x, y: (x, -0.1, 0.3), between),
-            (lambda x, y: (x, 0.0), lambda x, y: reference.clamp_min(x, reference.ZERO)),
+            (lambda x, y: (x, 0.0), lambda x, y: at_least(x, reference.ZERO)),
         ],
-        "clamp_min": [(lambda x, y: (x, -0.1), lambda x, y: reference.clamp_min(x, low))],
-        "clamp_max": [(lambda x, y: (x, 0.3), lambda x, y: reference.clamp_max(x, high))],
+        "clamp_min": [(lambda x, y: (x, -0.1), lambda x, y: at_least(x, low))],
+        "clamp_max": [(lambda x, y: (x, 0.3), lambda x, y: at_most(x, high))],
         "hardtanh": [(lambda x, y: (x, -0.1, 0.3), between)],
         "leaky_relu": [(lambda x, y: (x, 0.1), lambda x, y: np.where(x > 0, x, x * tenth))],
         "threshold": [(lambda x, y: (x, 0.3, -0.1), lambda x, y: np.where(x <= high, low, x))],
@@ -122,10 +142,10 @@ def _cases(op: str, name: str, overload: str, dtype: torch.dtype, device: str) -
 
 
 def _with_scalar(name: str, scalar: float, dtype: torch.dtype, device: str) -> Case:
-    if device != "cpu" and name == "div":
+    if device == "cuda" and name == "div":
         inverse = np.float32(1) / np.float32(scalar)
-        return lambda x, y: (x, scalar), lambda x, y: x * inverse  # torch's CUDA kernel multiplies
-    kept = np.float32(scalar) if name in _KEEPS_SCALAR else _rounded(scalar, dtype)
+        return lambda x, y: (x, scalar), lambda x, y: x * inverse
+    kept = np.float32(scalar) if name in _KEEPS_SCALAR[device] else _rounded(scalar, dtype)
     return lambda x, y: (x, scalar), lambda x, y: reference.BINARY[name](x, kept)
 
 

@@ -11,7 +11,8 @@ import ctypes
 import functools
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,9 +22,42 @@ from detinfer.errors import NativeError, UsageError
 from detinfer.ops import rows, rows_cuda_proof
 from detinfer.ops.rows import OPS, RESIDUAL_MODES, WEIGHT_MODES, ResidualMode, WeightMode
 
-_args = struct.Struct("@6i5q8Pd")  # GpuRowsArgs of csrc/rows_gpu.h
+_args = struct.Struct("@7i5q8Pd")  # GpuRowsArgs of csrc/rows_gpu.h
 _pack = _args.pack
 _DTYPES = native.DTYPES
+
+# In the order of csrc/rows_gpu.h.
+SHAPES = (
+    *(
+        "chosen",
+        "any_warp",
+        "any_block",
+        "part_of_warp",
+        "few_threads",
+        "warp",
+        "block_1024",
+        "block_2048",
+        "block_4096",
+    ),
+    *("block_8192", "many_threads", "block_16384", "stream", "stream_wide", "cluster"),
+)
+"""Shapes of the threads that take a row; which one runs is a matter of speed."""
+
+_shape = 0
+
+
+@contextmanager
+def hold_shape(name: str) -> Iterator[None]:
+    """Run norms and softmax in one shape inside the block (for the whole process); bits stay the same.
+
+    NativeError, from the call, where the shape cannot take the rows.
+    """
+    global _shape
+    before, _shape = _shape, SHAPES.index(name)
+    try:
+        yield
+    finally:
+        _shape = before
 
 
 @functools.cache
@@ -38,14 +72,26 @@ def _function() -> tuple[Callable[[bytes, int], int], Any]:
 
 def _run(args: bytes, device: torch.device) -> None:
     run, error = _function()
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    if device.index == torch._C._cuda_getDevice():
-        status = run(args, stream)
+    index = device.index
+    if index == torch._C._cuda_getDevice():
+        status = run(args, torch._C._cuda_getCurrentRawStream(index))
     else:
         with torch.cuda.device(device):
-            status = run(args, stream)
+            status = run(args, torch._C._cuda_getCurrentRawStream(index))
     if status:
         raise NativeError((error() or b"").decode())
+
+
+_Head = tuple[int, ...]
+_heads: dict[tuple[Any, ...], Any] = {}
+_KEPT = 4096
+
+
+def _keep(signature: tuple[Any, ...], value: Any) -> None:
+    # What a call needs besides its pointers, for inputs that are read where they lie: eager decoding is bound by the host.
+    if len(_heads) >= _KEPT:
+        _heads.clear()
+    _heads[signature] = value
 
 
 def _spaced(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -71,9 +117,27 @@ def _pointer(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _layout(x: torch.Tensor | None) -> Any:
+    return None if x is None else (x.dtype, x.shape, x.stride(), x.device)
+
+
 def _reduce(
     op: str, self: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool, dtype: torch.dtype | None
 ) -> Any:
+    signature = (
+        op,
+        self.dtype,
+        self.shape,
+        self.stride(),
+        tuple(dim) if isinstance(dim, list) else dim,
+        keepdim,
+        dtype,
+    )
+    if (kept := _heads.get(signature)) is not None:
+        head, shape, out_dtype = kept
+        out = torch.empty(shape, dtype=out_dtype, device=self.device)
+        _run(_pack(*head, self.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 0, 0, 0.0), self.device)
+        return out
     wanted = dtype or self.dtype
     if not (wanted.is_floating_point or wanted.is_complex):
         return NotImplemented
@@ -81,25 +145,27 @@ def _reduce(
     x, out_dtype = rows.ready(self, dtype, where)
     ndim = x.dim()
     reduced = rows.dimensions(dim, ndim) if ndim else []
-    kept = [d for d in range(ndim) if d not in reduced]
+    left = [d for d in range(ndim) if d not in reduced]
     sizes = x.shape
-    shape = [1 if d in reduced else sizes[d] for d in range(ndim)] if keepdim else [sizes[d] for d in kept]
+    shape = [1 if d in reduced else sizes[d] for d in range(ndim)] if keepdim else [sizes[d] for d in left]
     n = math.prod(sizes[d] for d in reduced)
     if n == 0 and op in ("max", "min"):
         raise IndexError(f"{where}: no elements to choose from in dimensions {reduced} of {list(sizes)}")
     inner, step = 1, n
-    if kept and reduced and reduced[0] < kept[-1]:
+    if left and reduced and reduced[0] < left[-1]:
         if reduced[-1] - reduced[0] == len(reduced) - 1:  # neighbours: the kernel steps over what follows them
             inner = math.prod(sizes[reduced[-1] + 1 :])
         else:
-            x = x.permute(kept + reduced)
+            x = x.permute(left + reduced)
         x = x.contiguous()
     elif len(reduced) == 1:
         x, step = _spaced(x)
     else:
         x = x.contiguous()
     out = torch.empty(shape, dtype=out_dtype, device=x.device)
-    head = (OPS[op], _DTYPES[x.dtype], _DTYPES[out_dtype], 0, 0, 0, out.numel(), n, inner, step, 0)
+    head: _Head = (OPS[op], _DTYPES[x.dtype], _DTYPES[out_dtype], 0, 0, 0, 0, out.numel(), n, inner, step, 0)
+    if x.data_ptr() == self.data_ptr():  # a copy must be made in every call
+        _keep(signature, (head, shape, out_dtype))
     _run(_pack(*head, x.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 0, 0, 0.0), x.device)
     return out
 
@@ -149,6 +215,12 @@ def min_all(self: torch.Tensor) -> Any:
 
 
 def _softmax_of(op: str, self: torch.Tensor, dim: int, dtype: torch.dtype | None) -> Any:
+    signature = (op, self.dtype, self.shape, self.stride(), dim, dtype, _shape)
+    if (kept := _heads.get(signature)) is not None:
+        head, out_dtype = kept
+        out = torch.empty_like(self, dtype=out_dtype, memory_format=torch.contiguous_format)
+        _run(_pack(*head, self.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 0, 0, 0.0), self.device)
+        return out
     if not (self.is_floating_point() or self.is_complex()) and dtype is None:
         return NotImplemented
     x, out_dtype = rows.ready(self, dtype, f"aten::{op}")
@@ -157,7 +229,22 @@ def _softmax_of(op: str, self: torch.Tensor, dim: int, dtype: torch.dtype | None
     x, step = _spaced(x if last else x.movedim(d, -1))
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     n = x.shape[-1] if x.dim() else 1
-    head = (OPS[op], _DTYPES[x.dtype], _DTYPES[out_dtype], 0, 0, 0, x.numel() // max(n, 1), n, 1, step, 0)
+    head: _Head = (
+        OPS[op],
+        _DTYPES[x.dtype],
+        _DTYPES[out_dtype],
+        0,
+        0,
+        0,
+        _shape,
+        x.numel() // max(n, 1),
+        n,
+        1,
+        step,
+        0,
+    )
+    if last and x.data_ptr() == self.data_ptr():
+        _keep(signature, (head, out_dtype))
     _run(_pack(*head, x.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 0, 0, 0.0), x.device)
     return out if last else out.movedim(-1, d).contiguous()
 
@@ -198,6 +285,19 @@ def _norm(
     rstd: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(norm, residual_out) of rows of ``size`` elements: the last ``flat`` dimensions of x."""
+    signature = (op, x.dtype, x.shape, x.stride(), x.device, size, flat, mode, residual_mode, _shape)
+    signature += (_layout(weight), _layout(bias), _layout(residual))
+    if (head := _heads.get(signature)) is not None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        total = None if residual is None else torch.empty_like(out)
+        args = _pack(
+            *head,
+            *(x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(bias), out.data_ptr()),
+            *(_pointer(total), _pointer(mean), _pointer(rstd), eps),
+        )
+        _run(args, x.device)
+        return out, total
+    given = [_pointer(v) for v in (x, residual, weight, bias)]
     where = f"aten::{op}"
     code = native.dtype_code(x.dtype, where)
     step = residual_step = size
@@ -217,17 +317,21 @@ def _norm(
         if values.device != x.device:
             raise UsageError(f"{where}: x is on {x.device} and its {name} on {values.device}; put both on one device")
         weight_code = native.dtype_code(values.dtype, f"{where}, its {name}")
+    if weight_code not in (0, code):  # the kernel takes the rows' dtype and fp32
+        weight, bias = (None if v is None else v.float() for v in (weight, bias))
+        weight_code = 0
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     total = None
     if residual is not None:
         residual, residual_step = _spaced(residual)
         total = torch.empty_like(out)
-    args = _pack(
-        *(OPS[op], code, code, weight_code, mode, residual_mode, x.numel() // max(size, 1), size, 1, step),
-        *(residual_step, x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(bias), out.data_ptr()),
-        *(_pointer(total), _pointer(mean), _pointer(rstd), eps),
-    )
+    sizes = (x.numel() // max(size, 1), size, 1, step, residual_step)
+    head = (OPS[op], code, code, weight_code, mode, residual_mode, _shape, *sizes)
+    pointers = [_pointer(v) for v in (x, residual, weight, bias)]
+    if pointers == given:
+        _keep(signature, head)
+    args = _pack(*head, *pointers, out.data_ptr(), _pointer(total), _pointer(mean), _pointer(rstd), eps)
     _run(args, x.device)
     return out, total
 
