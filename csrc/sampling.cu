@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kDrawThreads) best_of_split(DETINFER_PARAMETER
   const int64_t end = begin + each < p.n ? begin + each : p.n;
   const float* x = p.log_probabilities + row * p.n;
   const uint64_t seed = static_cast<uint64_t>(p.seeds[row]), position = static_cast<uint64_t>(p.positions[row]);
-  Candidate best = kNobody;
+  Candidate best = nobody();
   bool nan = false;
   float floor = -__builtin_inff();
   for (int64_t base = begin; base < end; base += kDrawThreads) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kDrawThreads) best_of_split(DETINFER_PARAMETER
     floor = static_cast<float>(best.score);
     for (int mask = 16; mask >= 1; mask /= 2) floor = fmaxf(floor, from_lane_xor(floor, mask));
   }
-  found[thread] = nan ? kNotANumber : best;
+  found[thread] = nan ? not_a_number() : best;
   __syncthreads();
   for (int half = kDrawThreads / 2; half >= 1; half /= 2) {
     if (thread < half && wins(found[thread + half], found[thread])) found[thread] = found[thread + half];

@@ -25,8 +25,8 @@ struct Candidate {
   double score;
   int64_t token;
 };
-static constexpr Candidate kNobody = {-__builtin_inf(), -1};
-static constexpr Candidate kNotANumber = {__builtin_inf(), -1};  // wins over everybody
+DETINFER_HD static inline Candidate nobody() { return {-__builtin_inf(), -1}; }
+DETINFER_HD static inline Candidate not_a_number() { return {__builtin_inf(), -1}; }  // wins over everybody
 
 DETINFER_HD static inline bool wins(const Candidate& a, const Candidate& b) {
   return a.score > b.score || (a.score == b.score && a.token < b.token);

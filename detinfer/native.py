@@ -148,10 +148,12 @@ def entry(family: str, size: int) -> Callable[[bytes], int]:
     size, since a library that reads past them crashes.
     """
     handle = library()
-    found = getattr(handle, f"detinfer_cpu_{family}_size")()
-    if found != size:
-        state = load()
-        where = state.path if isinstance(state, Loaded) else _FILE
+    bytes_of = getattr(handle, f"detinfer_cpu_{family}_size", None)
+    state = load()
+    where = state.path if isinstance(state, Loaded) else _FILE
+    if bytes_of is None:
+        raise NativeError(f"{where} has no {family}: it is older than this detinfer; reinstall detinfer")
+    if (found := bytes_of()) != size:
         raise NativeError(
             f"{where}: the arguments of {family} have {found} bytes, this detinfer's {size}: reinstall detinfer"
         )

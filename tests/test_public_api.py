@@ -37,6 +37,7 @@ OPTIONS = {
     "bench compute": {"--dtype", "--json", "--repeats", "--rows"},
     "bench linear": {"--dtype", "--repeats", "--rows", "--threads"},
     "bench moe": {"--ranks", "--repeats", "--rows"},
+    "bench rows": {"--dtype", "--json", "--repeats"},
     "bench model": {"--device", "--dtype", "--json", "--repeats", "--threads"},
     "env": {"--engine", "--json"},
     "policy explain": {"--allow", "--json", "--policy"},

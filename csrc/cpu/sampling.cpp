@@ -30,7 +30,7 @@ void scores(const float* log_probabilities, int64_t first, int count, uint64_t s
 int64_t draw(const SamplingArgs& args, int64_t row) {
   const float* x = args.log_probabilities + row * args.n;
   const uint64_t seed = static_cast<uint64_t>(args.seeds[row]), position = static_cast<uint64_t>(args.positions[row]);
-  Candidate best = kNobody;
+  Candidate best = nobody();
   for (int64_t first = 0; first < args.n; first += kLanes) {
     const int count = args.n - first < kLanes ? static_cast<int>(args.n - first) : kLanes;
     bool any = false;
@@ -43,7 +43,7 @@ int64_t draw(const SamplingArgs& args, int64_t row) {
     scores(x, first, count, seed, position, score);
     for (int i = 0; i < count; i++) {
       const Candidate one = {score[i], first + i};
-      if (one.score > kNobody.score && wins(one, best)) best = one;
+      if (one.score > -kInfinity && wins(one, best)) best = one;
     }
   }
   return best.token;

@@ -113,6 +113,26 @@ def geometric_mean(timings: Sequence[Timing]) -> float:
     return math.exp(sum(math.log(t.ratio) for t in timings) / len(timings))
 
 
+def to_json(timings: Sequence[Timing]) -> dict[str, Any]:
+    """The timings in microseconds, with what they were made on."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "timings": [
+            {
+                "op": t.op,
+                "dtype": dtype_name(t.dtype),
+                "rows": t.rows,
+                "elements": t.n,
+                "torch_us": t.torch,
+                "detinfer_us": t.detinfer,
+                "ratio": t.ratio,
+            }
+            for t in timings
+        ],
+    }
+
+
 def table(timings: Sequence[Timing]) -> Table:
     """The ratios, a line for each operation and row length, a column for each number of rows."""
     counts = sorted({t.rows for t in timings})

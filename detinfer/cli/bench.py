@@ -294,3 +294,32 @@ def _counts(text: str) -> list[int]:
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise UsageError(f"--rows {text}: whole numbers above 0 with commas between them")
     return [int(word) for word in words]
+
+
+@bench.command()
+@click.option("--dtype", "names", multiple=True, default=("bfloat16", "float32"), help="Repeatable.", show_default=True)
+@click.option("--repeats", default=9, show_default=True, help="Replays of each graph.")
+@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there too.")
+def rows(names: tuple[str, ...], repeats: int, path: Path | None) -> None:
+    """Norms and softmax on this GPU, in replays of a CUDA graph, bytes checked before."""
+    from detinfer.bench import rows_cuda as benchmark
+
+    if not torch.cuda.is_available():
+        raise UsageError("bench rows needs a CUDA device, and torch sees none")
+    dtypes = [dtype for name in names if (dtype := options.dtype(name)) is not None]
+    total = len(dtypes) * len(benchmark.SHAPES) * len(benchmark.OPS)
+    console = Console(stderr=True)
+    timings = benchmark.run(dtypes, repeats=repeats)
+    found = list(track(timings, "timing", total=total, console=console, transient=True))
+    shown = Console()
+    shown.width = max(shown.width, 100)
+    shown.print(benchmark.table(found))
+    for op in benchmark.OPS:
+        of = [timing for timing in found if timing.op == op]
+        worst = max(of, key=lambda timing: timing.ratio)
+        shown.print(
+            f"{op}: geometric mean {benchmark.geometric_mean(of):.2f}; worst {worst.ratio:.2f}, "
+            f"{worst.rows} x {worst.n} ({worst.detinfer:.1f} against {worst.torch:.1f} us)"
+        )
+    if path is not None:
+        path.write_text(json.dumps(benchmark.to_json(found), indent=1) + "\n")

@@ -81,6 +81,13 @@ def ieee_operations(device: str = "cpu") -> frozenset[str]:
 
 
 @functools.cache
+def unlike_cpu(device: str) -> frozenset[str]:
+    """Those of ``ieee_operations`` whose bytes are not the ones of torch's CPU kernels."""
+    home = _IEEE_HOME[device]
+    return frozenset(family(home).UNLIKE_CPU) if device != "cpu" and home in FAMILIES_ON[device] else frozenset()
+
+
+@functools.cache
 def value_operations(device: str = "cpu") -> frozenset[str]:
     """Operations of torch's own whose bits follow from the operands' values, on this machine: none on CPU."""
     home = _IEEE_HOME[device]

@@ -64,10 +64,11 @@ REDUCES: frozenset[str] = frozenset()
 IEEE: tuple[str, ...] = tuple(op for op in ieee.IEEE if op not in ("aten::copysign.Tensor", "aten::copysign.Scalar"))
 """Operations that round once per element: ``prove_ieee`` proves them and ``MOVES``.
 
-Their bytes are those of CPU but for ``ieee.ELSEWHERE_OTHER``. copysign is none of them: the CUDA kernel for fp16 loses
+Their bytes are those of CPU but for ``ieee.UNLIKE_CPU``. copysign is none of them: the CUDA kernel for fp16 loses
 the sign of a NaN.
 """
 
+UNLIKE_CPU = ieee.UNLIKE_CPU
 MOVES = ieee.MOVES
 
 VALUES: tuple[str, ...] = tuple(f"aten::{name}" for name in (*_UNARY.split(), *_BINARY.split(), *_SCALARS))

@@ -61,7 +61,7 @@ _OVER_SCALARS = ("aten::add.Tensor", "aten::sub.Tensor", "aten::mul.Tensor", "at
 _KEEPS_SCALAR = {"cpu": ("mul", "div"), "cuda": ("mul", "add", "sub", "rsub")}
 """Here torch keeps a scalar operand in fp32; elsewhere it rounds the scalar to the tensor's dtype first."""
 
-ELSEWHERE_OTHER: tuple[str, ...] = (
+UNLIKE_CPU: tuple[str, ...] = (
     *("aten::relu", "aten::clamp", "aten::clamp_min", "aten::clamp_max", "aten::hardtanh"),
     *("aten::add.Tensor", "aten::sub.Tensor", "aten::div.Tensor"),
     *("aten::add.Scalar", "aten::sub.Scalar", "aten::rsub.Scalar", "aten::div.Scalar"),

@@ -65,7 +65,8 @@ class Known:
     proof stands for them); ``ieee`` the operations whose torch kernels round once per element, ``values`` those whose
     bits follow from the operands' values on one kind of machine; ``prove`` gives the
     proof of an operation for a dtype, or the reason why there is none; ``random`` says which operations draw random
-    numbers. ``elsewhere`` holds the same for other kinds of device.
+    numbers. ``unlike_cpu`` are those of ``ieee`` that round other operands than torch's CPU kernels do. ``elsewhere``
+    holds the same for other kinds of device.
     """
 
     covered: Mapping[str, Family]
@@ -73,6 +74,7 @@ class Known:
     prove: Callable[[str, torch.dtype], Proof | Refused]
     random: Callable[[str], bool]
     values: Mapping[str, str] = field(default_factory=dict)
+    unlike_cpu: frozenset[str] = frozenset()
     device: str = "cpu"
     elsewhere: Mapping[str, Known] = field(default_factory=dict)
 
@@ -135,7 +137,9 @@ def _decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Kno
     if op in known.ieee and variant == SCALED:
         return Refused(op, known.torch_path, refusals.SCALED)
     if op in known.ieee:
-        return _proved(op, known.ieee[op], known.torch_path, "one IEEE rounding per element", floating, known)
+        subject = known.ieee[op]
+        portable = frozenset[torch.dtype]() if subject in known.unlike_cpu else None
+        return _proved(op, subject, known.torch_path, "one IEEE rounding per element", floating, known, portable)
     if op in known.values:
         why = "the same values give the same bits wherever they stand"
         return _proved(op, known.values[op], known.torch_path, why, floating, known, frozenset())

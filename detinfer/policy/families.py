@@ -21,7 +21,8 @@ from detinfer.policy.policy import Proof, Refused
 class Families:
     """Covered operations of one kind of device with their functions, those of torch's own, and how all are proved.
 
-    ``ieee`` round once per element; of ``values`` the bits follow from the operands' values, on one kind of machine.
+    ``ieee`` round once per element, those in ``unlike_cpu`` other operands than torch's CPU kernels do; of ``values`` the
+    bits follow from the operands' values, on one kind of machine.
 
     ``level`` names the instruction set in use (on a GPU: the GPU): a proof holds for that one only. ``elsewhere`` holds
     the families of other kinds of device, by torch's names for these (``cuda``).
@@ -32,6 +33,7 @@ class Families:
     prove: Callable[[str, torch.dtype], Proof | Refused]
     level: Callable[[], bytes]
     values: frozenset[str] = frozenset()
+    unlike_cpu: frozenset[str] = frozenset()
     device: str = "cpu"
     elsewhere: Mapping[str, Families] = field(default_factory=dict)
 
@@ -59,6 +61,7 @@ class Families:
             prove=self.prove,
             random=draws,
             values=MappingProxyType(values),
+            unlike_cpu=self.unlike_cpu,
             device=self.device,
             elsewhere=MappingProxyType(elsewhere),
         )
@@ -79,6 +82,7 @@ def own() -> Families:
             prove=functools.partial(proofs.prove, device="cuda"),
             level=proofs.gpu_level,
             values=ops.value_operations("cuda"),
+            unlike_cpu=ops.unlike_cpu("cuda"),
             device="cuda",
         )
     return Families(ops.covered(), ops.ieee_operations(), proofs.prove, proofs.level, elsewhere=elsewhere)

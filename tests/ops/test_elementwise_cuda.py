@@ -60,7 +60,7 @@ def test_another_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 def test_numbers_beside_16_bits_differ_from_cpu() -> None:
-    """What ``ELSEWHERE_OTHER`` says: relu of -0, a number beside bf16, division by a number."""
+    """What ``UNLIKE_CPU`` says: relu of -0, a number beside bf16, division by a number."""
     zero = torch.tensor([-0.0])
     assert torch.signbit(torch.relu(zero)).tolist() != torch.signbit(torch.relu(zero.cuda())).tolist()
     x = torch.arange(1, 2000).to(torch.bfloat16)
@@ -73,7 +73,7 @@ def test_tables() -> None:
     """No operation stands in two tables; what CPU computes itself is proved here; each name is one of torch's."""
     assert not set(elementwise_cuda.IEEE) & set(elementwise_cuda.VALUES)
     assert set(elementwise.COVERED) <= set(elementwise_cuda.VALUES)
-    assert set(ieee.ELSEWHERE_OTHER) <= set(elementwise_cuda.IEEE)
+    assert set(ieee.UNLIKE_CPU) <= set(elementwise_cuda.IEEE)
     for op in elementwise_cuda.VALUES:
         name, _, overload = op.removeprefix("aten::").partition(".")
         assert getattr(torch.ops.aten, name) is not None
