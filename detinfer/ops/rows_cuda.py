@@ -82,7 +82,6 @@ def _run(args: bytes, device: torch.device) -> None:
         raise NativeError((error() or b"").decode())
 
 
-_Head = tuple[int, ...]
 _heads: dict[tuple[Any, ...], Any] = {}
 _KEPT = 4096
 
@@ -163,7 +162,7 @@ def _reduce(
     else:
         x = x.contiguous()
     out = torch.empty(shape, dtype=out_dtype, device=x.device)
-    head: _Head = (OPS[op], _DTYPES[x.dtype], _DTYPES[out_dtype], 0, 0, 0, 0, out.numel(), n, inner, step, 0)
+    head = (OPS[op], _DTYPES[x.dtype], _DTYPES[out_dtype], 0, 0, 0, 0, out.numel(), n, inner, step, 0)
     if x.data_ptr() == self.data_ptr():  # a copy must be made in every call
         _keep(signature, (head, shape, out_dtype))
     _run(_pack(*head, x.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 0, 0, 0.0), x.device)
@@ -229,20 +228,8 @@ def _softmax_of(op: str, self: torch.Tensor, dim: int, dtype: torch.dtype | None
     x, step = _spaced(x if last else x.movedim(d, -1))
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     n = x.shape[-1] if x.dim() else 1
-    head: _Head = (
-        OPS[op],
-        _DTYPES[x.dtype],
-        _DTYPES[out_dtype],
-        0,
-        0,
-        0,
-        _shape,
-        x.numel() // max(n, 1),
-        n,
-        1,
-        step,
-        0,
-    )
+    sizes = (x.numel() // max(n, 1), n, 1, step, 0)
+    head = (OPS[op], _DTYPES[x.dtype], _DTYPES[out_dtype], 0, 0, 0, _shape, *sizes)
     if last and x.data_ptr() == self.data_ptr():
         _keep(signature, (head, out_dtype))
     _run(_pack(*head, x.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 0, 0, 0.0), x.device)
@@ -285,8 +272,8 @@ def _norm(
     rstd: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(norm, residual_out) of rows of ``size`` elements: the last ``flat`` dimensions of x."""
-    signature = (op, x.dtype, x.shape, x.stride(), x.device, size, flat, mode, residual_mode, _shape)
-    signature += (_layout(weight), _layout(bias), _layout(residual))
+    layouts = _layout(weight), _layout(bias), _layout(residual)
+    signature = (op, x.dtype, x.shape, x.stride(), x.device, size, flat, mode, residual_mode, _shape, *layouts)
     if (head := _heads.get(signature)) is not None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         total = None if residual is None else torch.empty_like(out)

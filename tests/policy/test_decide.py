@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,6 +151,16 @@ def test_place_portable_refuses_what_is_not_marked() -> None:
     refused = decide(policy, "aten::cumsum", (f32,), KNOWN)
     assert isinstance(refused, Refused)
     assert "not portable" in refused.reason
+
+
+def test_one_rounding_of_other_operands_is_not_portable() -> None:
+    """Where another device rounds something else than CPU, its bits hold on that device."""
+    there = replace(KNOWN, unlike_cpu=frozenset({"aten::add.Tensor"}))
+    portable = Policy(Guarantee("batch", "portable"))
+    assert isinstance(decide(portable, "aten::add.Tensor", (f32,), KNOWN), Accepted)
+    assert isinstance(decide(Policy(), "aten::add.Tensor", (f32,), there), Accepted)
+    assert isinstance(decide(portable, "aten::add.Tensor", (f32,), there), Refused)
+    assert isinstance(decide(portable, "aten::_to_copy", (i64, f32), there), Accepted)
 
 
 def test_scope_tp_is_refused_with_a_sentence() -> None:
