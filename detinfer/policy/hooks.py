@@ -35,7 +35,7 @@ HOOKS: tuple[Hook, ...] = (
         "transformers.integrations.moe",
         "ExpertsInterface.get_interface",
         lambda _: _get_interface,
-        ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"),
+        ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "qwen2_moe"),
         "eager, grouped_mm and batched_mm round each expert's output and add them in orders of their own",
     ),
     Hook(
