@@ -55,8 +55,7 @@ def _decodes(model: Model) -> str | None:
 def _croppable(model: Model) -> str | None:
     if reason := _longer(model):
         return reason
-    kinds = getattr(getattr(model.module, "config", None), "layer_types", None) or ()
-    return "its KV cache has sliding windows, which cannot be cut back" if "sliding_attention" in kinds else None
+    return "its KV cache has sliding windows, which cannot be cut back" if model.slides else None
 
 
 def _transformers(model: Model) -> str | None:

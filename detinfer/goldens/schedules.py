@@ -64,6 +64,12 @@ class Model:
         self._takes = inspect.signature(self.module.forward).parameters
         self._device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
+    @property
+    def slides(self) -> bool:
+        """Whether some layers see the last positions alone."""
+        kinds = getattr(getattr(self.module, "config", None), "layer_types", None) or ()
+        return "sliding_attention" in kinds
+
     def takes(self, *names: str) -> bool:
         """Whether ``forward`` has parameters of these names."""
         return all(name in self._takes for name in names)
@@ -192,6 +198,8 @@ def _padded(model: Model, rng: random.Random, left: bool) -> Iterator[Rows]:
         yield Rows(how, [Part(i, 0, n, at=width - n, gap=width - n) for i, n in rows_of], logits)
     else:
         yield Rows(how, [Part(i, 0, n) for i, n in rows_of], logits)
+    if model.slides and not left:
+        return  # a window counts the padding between a prompt and what follows it: another question to the model
     for step in range(min(1 + _PADDED_STEPS, *(len(model.tokens[i]) - n for i, n in rows_of))):
         for mask in masks:
             mask.append(1)

@@ -7,7 +7,8 @@ A *node* is one of::
     {"float": "0x1.8p+1"}    a float, exactly
     {"dtype": "bfloat16"}    {"device": "cpu"}
     {"list": [...]}          {"tuple": [...]}          {"dict": {name: node}}
-    {"cache": {"3": {"keys": node, "values": node}}}   the layers of a transformers KV cache
+    {"cache": {"3": {"keys": node, "values": node}}}   the layers of a transformers KV cache; of a sliding one also
+                                                       "window" and "seen", and no keys before its first call
     {"kv": {"3": {"keys": node, "values": node}}}      the layers of a built-in model's KV cache
 
 A tensor's *path* is the names on the way to it, joined by dots, e.g. ``keywords.past_key_values.3.keys``.
@@ -29,6 +30,9 @@ Leaf = Callable[[str, Any], Any]
 
 class NotEncodable(Exception):
     """A value that has no JSON form; the message is the path and the type."""
+
+
+_SLIDING = "DynamicSlidingWindowLayer"
 
 
 def _is_cache(value: object) -> bool:
@@ -65,8 +69,15 @@ def encode(value: Any, layers: frozenset[int] | None = None, path: str = "") -> 
     if _is_transformers(value):
         held: Node = {}
         for index, layer in enumerate(value.layers):
-            if (layers is None or index in layers) and getattr(layer, "keys", None) is not None:
-                held[str(index)] = {"keys": {"tensor": layer.keys}, "values": {"tensor": layer.values}}
+            if layers is not None and index not in layers:
+                continue
+            parts: Node = {}
+            if getattr(layer, "keys", None) is not None:
+                parts = {"keys": {"tensor": layer.keys}, "values": {"tensor": layer.values}}
+            if type(layer).__name__ == _SLIDING:
+                parts |= {"window": {"value": layer.sliding_window}, "seen": {"value": layer.cumulative_length}}
+            if parts:
+                held[str(index)] = parts
         return {"cache": held}
     raise NotEncodable(f"{path or 'argument'}: {type(value).__module__}.{type(value).__qualname__}")
 
@@ -96,12 +107,27 @@ def decode(node: Node) -> Any:
     if kind == "cache":
         from transformers import DynamicCache
 
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         for index, layer in content.items():
+            if "window" in layer:
+                _put_sliding(cache, int(index), layer["window"]["value"])
             # The cache appends to what it holds: the copy keeps the recorded tensors as they are.
-            cache.update(layer["keys"]["tensor"].clone(), layer["values"]["tensor"].clone(), int(index))
+            if "keys" in layer:
+                cache.update(layer["keys"]["tensor"].clone(), layer["values"]["tensor"].clone(), int(index))
+            if "seen" in layer:
+                cache.layers[int(index)].cumulative_length = layer["seen"]["value"]
         return cache
     raise ValueError(f"a node of kind {kind!r}: not one that this version knows")
+
+
+def _put_sliding(cache: Any, index: int, window: int) -> None:
+    """Make layer ``index`` of a DynamicCache one that keeps the last ``window`` - 1 positions."""
+    from transformers import cache_utils
+
+    kinds: Any = cache_utils
+    while len(cache.layers) <= index:
+        cache.layers.append(kinds.DynamicLayer())
+    cache.layers[index] = getattr(kinds, _SLIDING)(sliding_window=window)
 
 
 def map_tensors(node: Node, leaf: Leaf, path: str = "") -> Node:

@@ -77,3 +77,32 @@ def test_cache_keeps_only_the_units_own_layers() -> None:
     again.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 1)
     assert again.layers[1].keys.shape[2] == 5
     assert dict(tree.tensors(node))["past.1.keys"].shape[2] == 4
+
+
+def test_a_sliding_cache_comes_back_as_one() -> None:
+    """Before its first call and after more positions than its window: what it returns and keeps is the same."""
+    pytest.importorskip("transformers")
+    from transformers import DynamicCache, LlamaConfig
+
+    config = LlamaConfig(num_hidden_layers=3, sliding_window=4)
+    config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+
+    def pieces() -> DynamicCache:
+        return DynamicCache(config=config)
+
+    def step(cache: DynamicCache, length: int, start: int) -> bytes:
+        keys = torch.arange(start, start + length).float()[None, None, :, None].expand(1, 2, length, 3)
+        return b"".join(bits.as_bytes(t.contiguous()) for t in cache.update(keys, -keys, 1))
+
+    for lengths in ([], [3], [7], [2, 6, 1]):
+        cache = pieces()
+        for i, length in enumerate(lengths):
+            step(cache, length, 10 * i)
+        node = tree.encode({"past": cache}, frozenset({1}))
+        held = dict(tree.tensors(node))
+        text = json.dumps(tree.map_tensors(node, lambda path, _: path))
+        back = tree.decode(tree.map_tensors(json.loads(text), lambda _, path, held=held: held[path]))["past"]
+        assert back.layers[1].get_mask_sizes(1) == cache.layers[1].get_mask_sizes(1)
+        assert step(back, 2, 90) == step(cache, 2, 90)
+        assert back.layers[1].keys.shape == cache.layers[1].keys.shape
+        assert back.get_seq_length(1) == cache.get_seq_length(1) == sum(lengths) + 2

@@ -60,9 +60,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("OlmoeConfig", DECODER | EXPERTS | {"num_experts": 6}),
     "qwen2_moe": (
         "Qwen2MoeConfig",
-        DECODER
-        | EXPERTS
-        | {"num_experts": 6, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56},
+        DECODER | EXPERTS | {"num_experts": 6, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56},
     ),
     "gemma2": ("Gemma2Config", DECODER | {"intermediate_size": 88, "head_dim": 16, "sliding_window": 8}),
     "gpt2": ("GPT2Config", {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}),
