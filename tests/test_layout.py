@@ -29,7 +29,9 @@ RANKS = {
     "bench": 7,
     "run": 7,
     "reporters": 7,
+    "testing": 7,
     "cli": 8,
+    "pytest_plugin": 8,
     "__main__": 9,
 }
 FAMILIES = re.search(r"set\(DETINFER_FAMILIES ([^)]*)\)", (ROOT / "csrc/CMakeLists.txt").read_text()).group(1).split()
