@@ -20,7 +20,7 @@ import torch
 
 from detinfer.errors import RefusedError, UnsupportedDtype, UsageError
 from detinfer.ops.attention import NAME, refuse, views
-from detinfer.ops.attention_cuda_launch import LOG2E, Keys, kernels_of_triton, padded, run
+from detinfer.ops.attention_cuda_launch import LOG2E, Keys, Launch, kernels_of_triton, padded, plan, run
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -41,9 +41,24 @@ def scaled_dot_product_attention(
     Shapes, masks, ``scale``, the result's layout and what is raised are those of ``detinfer.ops.attention``, on one GPU;
     depths up to 256. A row's blocks are counted from its first unmasked key.
     """
+    signature = (
+        query.dtype, key.dtype, value.dtype, query.shape, key.shape, value.shape,
+        query.stride(), key.stride(), value.stride(), dropout_p, is_causal, scale, enable_gqa, query.device, key.device, value.device,
+        None if attn_mask is None else (attn_mask.dtype, attn_mask.shape, attn_mask.stride(), attn_mask.device),
+    )  # fmt: skip
+    if (launch := _launches.get(signature)) is not None and _aligned(query, key, value):
+        return launch.start(query, key, value, Keys(attn_mask))[0]
     if not (query.is_floating_point() or query.is_complex()):
         return NotImplemented
-    return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, False)[0]
+    return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, False, signature)[0]
+
+
+_launches: dict[tuple[Any, ...], Launch] = {}
+_KEPT_LAUNCHES = 4096
+
+
+def _aligned(*tensors: torch.Tensor) -> bool:
+    return all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _sdpa(
@@ -56,6 +71,7 @@ def _sdpa(
     scale: float | None,
     enable_gqa: bool,
     want_lse: bool,
+    signature: tuple[Any, ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if query.dtype not in DTYPES:
         raise UnsupportedDtype(f"{NAME}: {query.dtype} has no canonical order; use bfloat16, float16 or float32")
@@ -64,7 +80,21 @@ def _sdpa(
     stride: tuple[int, ...] | None = None
     if query.dim() == 4 and query.shape == shape and (like := torch.empty_like(query).stride())[3] == 1:
         stride = like
-    out, lse = run(q, k, v, Keys(added, is_causal), scale, stride, want_lse)
+    keys = Keys(added, is_causal)
+    out, lse = run(q, k, v, keys, scale, stride, want_lse)
+    given, seen = (query, key, value, q if mask is None else mask), (q, k, v, q if added is None else added)
+    if (
+        signature is not None
+        and len(shape) == 4
+        and (scale is None or scale >= 0)
+        and _aligned(q, k, v)
+        and all(a.data_ptr() == b.data_ptr() for a, b in zip(given, seen, strict=True))
+    ):
+        # The views read the caller's own memory: the next call of this signature needs none.
+        if len(_launches) >= _KEPT_LAUNCHES:
+            _launches.clear()
+        chosen = 1.0 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
+        _launches[signature] = plan(q, k, v, keys, chosen, stride, False)
     return (out if len(shape) == 4 else out.view(shape)), lse
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -114,34 +115,42 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[B, H, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, Dv] (a paged cache: [pages, Hkv, page, D]) with contiguous rows.
 
-    ``path`` holds the call to ``tiles``, ``prefill`` or ``decode``.
+    ``stride`` is the result's, contiguous unless given. ``path`` holds the call to ``tiles``, ``prefill`` or ``decode``.
     """
-    (batch, heads, queries, depth), value_depth = q.shape, v.shape[3]
+    _check_devices(q, k, v, keys)
+    q, k, v = (t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
+    scale = 1.0 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
+    if scale < 0:
+        q, scale = -q, -scale
+    return plan(q, k, v, keys, scale, stride, want_lse, path).start(q, k, v, keys)
+
+
+def plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: Keys,
+    scale: float,
+    stride: tuple[int, ...] | None,
+    want_lse: bool,
+    path: str | None = None,
+) -> Launch:
+    """The launch for tensors of these shapes, strides and dtypes, at addresses that are multiples of 16."""
+    depth, value_depth = q.shape[3], v.shape[3]
     if max(depth, value_depth) > WIDEST:
         raise RefusedError(
             f"{NAME}: a depth of {max(depth, value_depth)} is more than the {WIDEST} that the kernels take"
         )
-    _check_devices(q, k, v, keys)
-    if k.shape[1] > 1 and k.stride(1) == 0 and v.stride(1) == 0:
-        k, v = k[:, :1], v[:, :1]  # one head, shown many times
-    paged = keys.table is not None
-    page = k.shape[2] if paged else 0
-    n_keys = page * keys.table.shape[1] if keys.table is not None else k.shape[2]
-    shape = (batch, heads, queries, value_depth)
-    out = torch.empty(shape, dtype=q.dtype, device=q.device)
-    if stride is not None:
-        out = torch.empty_strided(shape, stride, dtype=q.dtype, device=q.device)
-    lse = torch.empty(shape[:3], dtype=torch.float32, device=q.device) if want_lse else None
-    if out.numel() == 0 or n_keys == 0:
-        return out.zero_(), lse
-    if scale is None:
-        scale = 1.0 / math.sqrt(depth) if depth else 1.0
-    scale = torch.tensor(scale, dtype=torch.float32).item()
-    if scale < 0:
-        q, scale = -q, -scale
-    with torch.cuda.device(q.device):
-        _launch(q, k, v, out, lse, keys, scale * LOG2E, n_keys, page, path)
-    return out, lse
+    shape = (*q.shape[:3], value_depth)
+    if stride is None:
+        stride = (math.prod(shape[1:]), math.prod(shape[2:]), value_depth, 1)
+    n_keys = k.shape[2] if keys.table is None else k.shape[2] * keys.table.shape[1]
+    launch = Launch("nothing", shape, stride, q.dtype, want_lse)
+    if math.prod(shape) and n_keys:
+        if k.shape[1] > 1 and k.stride(1) == 0 and v.stride(1) == 0:
+            k, v = k[:, :1], v[:, :1]  # one head, shown many times
+        _cut(launch, q, k, v, keys, torch.tensor(scale, dtype=torch.float32).item() * LOG2E, n_keys, path)
+    return launch
 
 
 def _check_devices(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys) -> None:
@@ -152,100 +161,141 @@ def _check_devices(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys
         raise UsageError(f"{NAME}: sinks are {list(keys.sinks.shape)}; they must be [{q.shape[1]}], contiguous")
 
 
-def _launch(
+class Launch:
+    """Everything about a call but its tensors: made once for a set of shapes, strides, dtypes and options."""
+
+    def __init__(
+        self, kernel: str, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, want_lse: bool
+    ) -> None:
+        self.kernel = kernel
+        self.shape, self.stride, self.dtype, self.want_lse = shape, stride, dtype, want_lse
+        self.grid = (0, 0)
+        self.numbers: tuple[float, ...] = ()
+        self.constants: dict[str, Any] = {}
+        self.span: tuple[Any, ...] | None = None
+        """What ``_spans`` takes besides the mask, where the kernel does not look at the mask's rows itself."""
+        self.work = (0, 0, 0, 0)
+        self.tiles: tuple[list[Any], list[Any]] = ([], [])
+        """For the copy engine: shape, strides and block of K and of V."""
+
+    def start(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(the result, its log-sum-exp if it was asked for)."""
+        if q.device.index != torch.cuda.current_device():
+            with torch.cuda.device(q.device):
+                return self._start(q, k, v, keys)
+        return self._start(q, k, v, keys)
+
+    def _start(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=q.device)
+        lse = torch.empty(self.shape[:3], dtype=torch.float32, device=q.device) if self.want_lse else None
+        if self.kernel == "nothing":
+            return out.zero_(), lse if lse is None else lse.fill_(-math.inf)
+        kernels = kernels_of_triton()
+        to_lse = q if lse is None else lse  # q: a pointer that is not followed
+        if self.kernel == "prefill":
+            described = [kernels.descriptor(t, *how) for t, how in zip((k, v), self.tiles, strict=True)]
+            kernels.prefill[self.grid](q, k, v, *described, out, to_lse, *self.numbers, **self.constants)
+            return out, lse
+        mask = keys.added
+        if mask is not None and mask.dtype is torch.bool:
+            mask = mask.view(torch.uint8)
+        span: tuple[Any, ...] = (q, q, q)
+        if self.span is not None:
+            span = _spans(mask, *self.span)
+        sinks, table, lengths, starts, mask = (
+            q if t is None else t for t in (keys.sinks, keys.table, keys.lengths, keys.starts, mask)
+        )
+        pointers = (q, k, v, out, to_lse, sinks, table, lengths, starts, *span, mask)
+        if self.kernel == "tiles":
+            kernels.tiles[self.grid](*pointers, *self.numbers, **self.constants)
+        else:
+            parts = _workspace(q.device, *self.work)
+            kernels.decode[self.grid](*pointers, *parts, *self.numbers, **self.constants)
+        return out, lse
+
+
+def _cut(
+    launch: Launch,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
     keys: Keys,
     c: float,
     n_keys: int,
-    page: int,
     path: str | None,
 ) -> None:
+    """Choose the kernel of ``launch`` and how it is cut."""
     kernels = kernels_of_triton()
     (batch, heads, queries, depth), kv_heads, value_depth = q.shape, k.shape[1], v.shape[3]
     group, share, mask = heads // kv_heads, 1, keys.added
-    mask_kind = 0 if mask is None else 1 if mask.dtype is torch.bool else 2
+    deepest = max(depth, value_depth)
     # Rows that all see the same keys may share a program of the decode kernel.
-    alike = not keys.causal or queries == 1
-    by_head = False
-    if mask is not None:
-        alike = alike and (queries == 1 or mask.stride(2) == 0)
-        by_head = heads > 1 and mask.stride(1) != 0
+    alike = queries == 1 or (not keys.causal and (mask is None or mask.stride(2) == 0))
     if group > 64:
         group, share, kv_heads = 1, group, heads
     positions = max(1, min(queries, _FEW_ROWS // group)) if alike else 1
-    shape = _tile(max(depth, value_depth), q.dtype)
-    rows = max(shape.rows, _power(group))
+    shape, large, few_shape = _tile(deepest, q.dtype), _large(deepest, q.dtype), _few(deepest, q.dtype)
+    rows, wide = max(shape.rows, _power(group)), max(large.rows, _power(group))
     few = -(-queries // positions)
     tiles = -(-queries // (rows // group)) * batch * kv_heads
-    least, most = kernels.least, kernels.most
-    if path is None and (queries == 1 or few == 1 or (few <= 8 and tiles < 64 and n_keys >= 4 * least)):
+    if path is None and (queries == 1 or few == 1 or (few <= 8 and tiles < 64 and n_keys >= 4 * kernels.least)):
         path = "decode"
-    if path == "decode" and by_head and group > 1:
-        group, share, kv_heads = 1, group, heads
+    if path is None and _plain(q, k, v, keys, wide // group, n_keys, kernels):
+        path = "prefill"
+    if path == "decode" and mask is not None and heads > 1 and mask.stride(1) != 0 and group > 1:
+        group, share, kv_heads = 1, group, heads  # each head has a mask of its own
         positions = max(1, min(queries, _FEW_ROWS)) if alike else 1
         few = -(-queries // positions)
-    scan = path == "decode" and mask is not None and n_keys <= _SCANNED
-    span: Span | None = None
-    if mask is not None and not scan:
-        span = _spans(mask, keys.causal, keys.shift)
-    none = q  # a pointer that is not followed
-    strides = (
-        *(*q.stride()[:3], k.stride(0), k.stride(1), k.stride(2), k.stride(0)),
-        *(v.stride(0), v.stride(1), v.stride(2), v.stride(0), *out.stride()[:3]),
-    )
-    if page:  # the batch is in the table
-        strides = (*strides[:3], 0, *strides[4:7], 0, *strides[8:])
-    table_b = keys.table.stride(0) if keys.table is not None else 0
-    spread = (0, 0, 0) if span is None else span[0].stride()
-    spread = (
-        tuple(0 if n == 1 else s for n, s in zip(span[0].shape, spread, strict=True)) if span is not None else spread
-    )
-    added = mask if mask is None or mask_kind == 2 else mask.view(torch.uint8)
-    bias = (0, 0, 0, 0) if added is None else added.stride()
-    first, end, holes = (none, none, none) if span is None else span
-    pointers = [
-        *(q, k, v, out, none if lse is None else lse, none if keys.sinks is None else keys.sinks),
-        *(none if t is None else t for t in (keys.table, keys.lengths, keys.starts)),
-        *(first, end, holes, none if added is None else added),
-    ]
-    numbers = (kv_heads, heads, queries, n_keys, keys.shift, keys.window, c, *strides, table_b, *spread, *bias)
-    constants: dict[str, Any] = {
+    launch.kernel = path or "tiles"
+    launch.constants = {
         "G": group, "SHARE": share, "D": depth, "DV": value_depth, "DP": padded(depth), "DVP": padded(value_depth),
-        "PAGE": page, "CAUSAL": keys.causal, "WINDOW": keys.window > 0, "SPANS": span is not None, "MASK": mask_kind,
-        "STARTED": keys.starts is not None, "COUNTED": keys.lengths is not None, "SINK": keys.sinks is not None,
-        "WANT_LSE": lse is not None, "enable_fp_fusion": False,
+        "CAUSAL": keys.causal, "WANT_LSE": launch.want_lse, "enable_fp_fusion": False,
     }  # fmt: skip
-    large = _large(max(depth, value_depth), q.dtype)
-    wide = max(large.rows, _power(group))
-    if path == "prefill" or (path is None and _plain(q, k, v, keys, wide // group, n_keys, kernels)):
-        grid = (-(-queries // (wide // group)), batch * kv_heads)
-        kernels.prefill[grid](
-            *(q, k, v, _described(k, kernels), _described(v, kernels), out, none if lse is None else lse),
-            *(kv_heads, heads, queries, n_keys, keys.shift, 0, c),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
-            G=group, SHARE=share, D=depth, DV=value_depth, DP=padded(depth), DVP=padded(value_depth), BM=wide,
-            CAUSAL=keys.causal, WANT_LSE=lse is not None, num_warps=large.warps, num_stages=large.stages,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    if launch.kernel == "prefill":
+        launch.grid = (-(-queries // (wide // group)), batch * kv_heads)
+        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.stride[:3])
+        launch.numbers = (kv_heads, heads, queries, n_keys, keys.shift, 0, c, *strides)
+        launch.constants |= {"BM": wide, "num_warps": large.warps, "num_stages": large.stages}
+        launch.tiles = (_described(k, kernels.block), _described(v, kernels.block))
         return
-    if path != "decode":
-        grid = (-(-queries // (rows // group)), batch * kv_heads)
-        kernels.tiles[grid](
-            *pointers, *numbers, **constants, BM=rows, num_warps=shape.warps, num_stages=shape.stages
-        )  # fmt: skip
+    scan = launch.kernel == "decode" and mask is not None and n_keys <= _SCANNED
+    spread: tuple[int, ...] = (0, 0, 0)
+    if mask is not None and not scan:
+        distinct = (
+            1 if mask.stride(0) == 0 else batch,
+            1 if mask.stride(1) == 0 else heads,
+            1 if mask.stride(2) == 0 and not keys.causal else queries,
+        )
+        launch.span = (distinct, n_keys, mask.stride(), keys.causal, keys.shift)
+        full = (distinct[1] * distinct[2], distinct[2], 1)
+        spread = tuple(0 if n == 1 else s for n, s in zip(distinct, full, strict=True))
+    paged = keys.table is not None
+    # The batch of a paged cache is in its table, and its pages are where another cache has its batch.
+    kv = [(0 if paged else t.stride(0), t.stride(1), t.stride(2), t.stride(0)) for t in (k, v)]
+    table_b = keys.table.stride(0) if keys.table is not None else 0
+    bias = (0, 0, 0, 0) if mask is None else mask.stride()
+    strides = (*q.stride()[:3], *kv[0], *kv[1], *launch.stride[:3], table_b, *spread, *bias)
+    launch.numbers = (kv_heads, heads, queries, n_keys, keys.shift, keys.window, c, *strides)
+    launch.constants |= {
+        "PAGE": k.shape[2] if paged else 0, "WINDOW": keys.window > 0, "SPANS": launch.span is not None,
+        "MASK": 0 if mask is None else 1 if mask.dtype is torch.bool else 2, "STARTED": keys.starts is not None,
+        "COUNTED": keys.lengths is not None, "SINK": keys.sinks is not None,
+    }  # fmt: skip
+    if launch.kernel == "tiles":
+        launch.grid = (-(-queries // (rows // group)), batch * kv_heads)
+        launch.constants |= {"BM": rows, "num_warps": shape.warps, "num_stages": shape.stages}
         return
-    few_shape = _few(max(depth, value_depth), q.dtype)
-    tile_rows = max(few_shape.rows, _power(group * positions))
-    programs, splits = batch * kv_heads * few, min(most, -(-n_keys // least)) if n_keys else 1
-    parts = _workspace(q.device, programs, splits, group * positions, padded(value_depth))
-    kernels.decode[(splits, programs)](
-        *pointers, *parts, *numbers, **constants, BM=tile_rows, POSITIONS=positions, SCAN=scan,
-        num_warps=few_shape.warps, num_stages=few_shape.stages,
-    )  # fmt: skip
+    programs, splits = batch * kv_heads * few, min(kernels.most, -(-n_keys // kernels.least))
+    launch.grid = (splits, programs)
+    launch.work = (programs, splits, group * positions, padded(value_depth))
+    launch.constants |= {
+        "BM": max(few_shape.rows, _power(group * positions)), "POSITIONS": positions, "SCAN": scan,
+        "num_warps": few_shape.warps, "num_stages": few_shape.stages,
+    }  # fmt: skip
 
 
 def _plain(
@@ -271,26 +321,21 @@ def _plain(
     return True
 
 
-def _described(t: torch.Tensor, kernels: Any) -> Any:
-    """K or V for the copy engine: blocks of keys of one head."""
+def _described(t: torch.Tensor, block: int) -> list[Any]:
+    """K or V for the copy engine, in blocks of keys of one head: shape, strides, block."""
     width = t.shape[3]
     strides = [s if n > 1 else -(-width // 8) * 8 for s, n in zip(t.stride()[:3], t.shape, strict=False)]
-    return kernels.descriptor(t, list(t.shape), [*strides, 1], [1, 1, kernels.block, padded(width)])
+    return [list(t.shape), [*strides, 1], [1, 1, block, padded(width)]]
 
 
-def _spans(mask: torch.Tensor, causal: bool, shift: int) -> Span:
+def _spans(
+    mask: Any, distinct: tuple[int, int, int], n_keys: int, strides: tuple[int, ...], causal: bool, shift: int
+) -> Span:
     """(first unmasked key, one past the last, whether there is more to know) of the mask's rows, each row once."""
-    batch, heads, queries, keys = mask.shape
-    distinct = (
-        1 if mask.stride(0) == 0 else batch,
-        1 if mask.stride(1) == 0 else heads,
-        1 if mask.stride(2) == 0 and not causal else queries,
-    )
     first, end, holes = torch.empty((3, *distinct), dtype=torch.int32, device=mask.device)
-    kind = 1 if mask.dtype is torch.bool else 2
-    seen = mask.view(torch.uint8) if kind == 1 else mask
+    kind = 1 if mask.dtype is torch.uint8 else 2
     kernels_of_triton().spans[(math.prod(distinct),)](
-        seen, first, end, holes, keys, shift, distinct[1], distinct[2], *mask.stride(), KIND=kind, CAUSAL=causal
+        mask, first, end, holes, n_keys, shift, distinct[1], distinct[2], *strides, KIND=kind, CAUSAL=causal
     )
     return first, end, holes
 
@@ -305,24 +350,28 @@ class _Counters:
     def __init__(self) -> None:
         self._of_stream: dict[tuple[int, int], torch.Tensor] = {}
         self._reserve: dict[int, tuple[torch.Tensor, int]] = {}
+        self._kept: list[torch.Tensor] = []  # captured launches hold on to their reserve, and nobody knows how long
+        self._lock = threading.Lock()
 
     def take(self, count: int, device: torch.device) -> torch.Tensor:
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        capturing = torch.cuda.is_current_stream_capturing()
-        if capturing:
+        index = torch.cuda.current_device()
+        with self._lock:
             reserve, used = self._reserve.get(index, (None, 0))
-            if reserve is None or used + count > reserve.numel():
-                return torch.zeros(count, dtype=torch.int32, device=device)
-            self._reserve[index] = (reserve, used + count)
-            return reserve[used : used + count]
-        found, used = self._reserve.get(index, (None, 0))
-        if found is None or used * 2 > found.numel():
-            self._reserve[index] = (torch.zeros(1 << 20, dtype=torch.int32, device=device), 0)
-        key = (index, torch.cuda.current_stream(device).cuda_stream)
-        own = self._of_stream.get(key)
-        if own is None or own.numel() < count:
-            own = self._of_stream[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        return own
+            if torch.cuda.is_current_stream_capturing():
+                if reserve is None or used + count > reserve.numel():
+                    return torch.zeros(count, dtype=torch.int32, device=device)
+                self._reserve[index] = (reserve, used + count)
+                return reserve[used : used + count]
+            if reserve is None or used * 2 > reserve.numel():
+                reserve = torch.zeros(1 << 20, dtype=torch.int32, device=device)
+                torch.cuda.current_stream().synchronize()  # a graph of another stream may be the first to use it
+                self._kept.append(reserve)
+                self._reserve[index] = (reserve, 0)
+            key = (index, torch.cuda.current_stream().cuda_stream)
+            own = self._of_stream.get(key)
+            if own is None or own.numel() < count:
+                own = self._of_stream[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+            return own
 
 
 _counters = _Counters()

@@ -1,0 +1,178 @@
+"""How calls of attention on a GPU are cut into launches, without a GPU: what each kernel would be given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from detinfer.errors import RefusedError, UsageError
+from detinfer.ops import attention_cuda, attention_cuda_launch
+from detinfer.ops.attention_cuda import attention, paged_attention, scaled_dot_product_attention
+from detinfer.ops.attention_cuda_launch import Keys, plan
+
+
+class Kernel:
+    """Stands for a kernel of Triton and keeps what its launches are given."""
+
+    def __init__(self, name: str, calls: list[tuple[Any, ...]]) -> None:
+        self.name, self.calls = name, calls
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            shown = [("tensor", a.data_ptr(), a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
+            self.calls.append((self.name, grid, shown, constants))
+
+        return launch
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    """The launches of a test, which computes nothing: tensors lie on the CPU."""
+    made: list[tuple[Any, ...]] = []
+    kernels = SimpleNamespace(
+        **{name: Kernel(name, made) for name in ("tiles", "decode", "prefill", "spans", "plain")},
+        descriptor=lambda t, *how: (t.data_ptr(), *how),
+        block=64,
+        least=256,
+        most=16,
+    )
+    space = torch.zeros(1 << 22)
+    monkeypatch.setattr(attention_cuda_launch, "kernels_of_triton", lambda: kernels)
+    monkeypatch.setattr(attention_cuda_launch, "_check_devices", lambda *_: None)
+    monkeypatch.setattr(attention_cuda_launch, "_workspace", lambda *work: (space, space, space, space))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    attention_cuda._launches.clear()
+    yield made
+    attention_cuda._launches.clear()
+
+
+def inputs(
+    heads: int = 8, kv_heads: int = 2, queries: int = 1, keys: int = 1000, depth: int = 64, batch: int = 2
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sizes = ((batch, heads, queries, depth), (batch, kv_heads, keys, depth), (batch, kv_heads, keys, depth))
+    query, key, value = (torch.zeros(size, dtype=torch.bfloat16) for size in sizes)
+    return query, key, value
+
+
+BOOL = torch.ones(2, 1, 1, 1000, dtype=torch.bool)
+CASES: dict[str, tuple[dict[str, int], torch.Tensor | None, bool]] = {
+    "decode": ({}, None, False),
+    "a static cache": ({}, BOOL, False),
+    "an added mask for each head": ({}, torch.zeros(2, 8, 1, 1000), False),
+    "prefill": ({"queries": 1000}, None, True),
+    "prefill under a mask": ({"queries": 300}, torch.ones(300, 1000, dtype=torch.bool), False),
+    "a long mask": ({"keys": 40000}, torch.ones(2, 1, 1, 40000, dtype=torch.bool), False),
+    "depth 256": ({"queries": 300, "depth": 256}, None, True),
+    "one head of K and V": ({"heads": 71, "kv_heads": 1, "queries": 300}, None, True),
+    "three heads": ({"heads": 9, "kv_heads": 3, "queries": 300}, None, True),
+}
+KERNELS = {
+    "decode": ["decode"],
+    "a static cache": ["decode"],
+    "an added mask for each head": ["decode"],
+    "prefill": ["prefill"],
+    "prefill under a mask": ["spans", "tiles"],
+    "a long mask": ["spans", "decode"],
+    "depth 256": ["tiles"],
+    "one head of K and V": ["prefill"],
+    "three heads": ["prefill"],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_remembered_launch_is_the_same(name: str, calls: list[tuple[Any, ...]]) -> None:
+    """The second call of a signature gives the kernels what the first one gave, but for fresh tensors."""
+    sizes, mask, causal = CASES[name]
+    tensors = inputs(**sizes)
+    first = scaled_dot_product_attention(*tensors, mask, 0.0, causal, enable_gqa=True)
+    assert [kernel for kernel, *_ in calls] == KERNELS[name]
+    assert len(attention_cuda._launches) == 1
+    made = list(calls)
+    calls.clear()
+    second = scaled_dot_product_attention(*tensors, mask, 0.0, causal, enable_gqa=True)
+    assert first.shape == second.shape and first.stride() == second.stride() and first.dtype == second.dtype
+    own = {t.data_ptr() for t in (*tensors, mask) if t is not None}
+    for (kernel, grid, given, constants), again in zip(made, calls, strict=True):
+        assert (kernel, grid, constants) == (again[0], again[1], again[3])
+        for a, b in zip(given, again[2], strict=True):
+            fresh = isinstance(a, tuple) and a[0] == "tensor" and a[1] not in own
+            assert a == b or (fresh and a[2] == b[2] and b[1] not in own)
+
+
+def test_another_shape_is_another_launch(calls: list[tuple[Any, ...]]) -> None:
+    for batch in (2, 3):
+        for scale in (None, 0.5):
+            scaled_dot_product_attention(*inputs(batch=batch), scale=scale, enable_gqa=True)
+    assert len(attention_cuda._launches) == 4
+    assert len({(grid, str(given[-17:])) for _, grid, given, _ in calls}) >= 2
+
+
+def test_copies_are_not_remembered(calls: list[tuple[Any, ...]]) -> None:
+    """A call that had to copy its tensors, or whose scale is negative, is planned anew each time."""
+    query, key, value = inputs()
+    scaled_dot_product_attention(query, key.mT.contiguous().mT, value, enable_gqa=True)
+    scaled_dot_product_attention(query, key, value, scale=-1.0, enable_gqa=True)
+    off = torch.zeros(key.numel() + 1, dtype=key.dtype)[1:].view(key.shape)
+    scaled_dot_product_attention(query, off, value, enable_gqa=True)
+    assert not attention_cuda._launches
+    assert all(t[1] % 16 == 0 for _, _, given, _ in calls for t in given if isinstance(t, tuple))
+    scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    assert len(attention_cuda._launches) == 1
+    calls.clear()
+    scaled_dot_product_attention(query, off, value, enable_gqa=True)
+    assert calls[0][2][1][1] != off.data_ptr(), "an address that is no multiple of 16"
+
+
+def test_rows_of_a_tile_have_splits_of_one_length(calls: list[tuple[Any, ...]]) -> None:
+    """``prefill`` takes a tile's rows together: not where some of them span 4096 keys and the next ones more."""
+    for start, kernel in ((0, "prefill"), (4064, "prefill"), (4065, "tiles"), (4080, "prefill"), (9000, "prefill")):
+        tensors = inputs(queries=400, keys=start + 400, batch=1)
+        assert plan(*tensors, Keys(None, True, start), 1.0, None, False).kernel == kernel, start
+    assert plan(*inputs(queries=400, keys=4500), Keys(), 1.0, None, False).kernel == "prefill"
+    assert plan(*inputs(queries=400, keys=300), Keys(None, True, -100), 1.0, None, False).kernel == "tiles"
+
+
+def test_few_rows_of_a_long_sequence_are_split(calls: list[tuple[Any, ...]]) -> None:
+    launch = plan(*inputs(queries=3, keys=9000, batch=1), Keys(None, True, 8997), 1.0, None, False)
+    assert (launch.kernel, launch.grid) == ("decode", (16, 6))
+    launch = plan(*inputs(heads=2, queries=4, keys=9000), Keys(BOOL[..., :1].expand(2, 2, 4, 9000)), 1.0, None, False)
+    assert (launch.kernel, launch.constants["POSITIONS"], launch.grid) == ("decode", 4, (16, 4))
+
+
+def test_refusals_and_functions_of_their_own(calls: list[tuple[Any, ...]]) -> None:
+    query, key, value = inputs()
+    with pytest.raises(RefusedError, match="a depth of 320"):
+        scaled_dot_product_attention(*inputs(depth=320), enable_gqa=True)
+    with pytest.raises(UsageError, match="leave out window"):
+        attention(query, key, value, mask=BOOL, window=4)
+    with pytest.raises(UsageError, match="window=-1"):
+        attention(query, key, value, window=-1)
+    with pytest.raises(UsageError, match=r"starts is torch\.int64"):
+        attention(query, key, value, starts=torch.tensor([1, 2]))
+    pages, lengths = torch.zeros(2, 3, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    cache = torch.zeros(9, 16, 2, 64, dtype=torch.bfloat16)
+    paged_attention(query, cache, cache, pages, lengths)
+    assert calls[0][3]["PAGE"] == 16 and calls[0][3]["COUNTED"]
+    with pytest.raises(UsageError, match="caches"):
+        paged_attention(query, cache, cache[:, :8], pages, lengths)
+    with pytest.raises(UsageError, match="block_table is"):
+        paged_attention(query, cache, cache, pages.long(), lengths)
+    calls.clear()
+    empty = scaled_dot_product_attention(query, key[:, :, :0], value[:, :, :0], enable_gqa=True)
+    assert not calls and not empty.view(torch.int16).any()
+
+
+def test_without_triton_the_error_says_so() -> None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        with pytest.raises(attention_cuda_launch.NativeError, match="needs Triton"):
+            attention_cuda_launch.kernels_of_triton()
+    else:
+        assert attention_cuda_launch.kernels_of_triton().block == 64
