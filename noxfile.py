@@ -6,6 +6,7 @@ follows `--` to the session's tool.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nox
@@ -66,8 +67,13 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def hip(session: nox.Session) -> None:
-    """The GPU sources compile for AMD and order memory there; the first run fetches 1.2 GB of tools (scripts/hip.py)."""
+    """The GPU sources and Triton kernels compile for AMD; the first run fetches 1.2 GB of tools (scripts/hip.py)."""
+    environment(session, "dev")
     session.run("python", "scripts/hip.py", *session.posargs)
+    # Triton is among the tools; without them these tests are skipped.
+    tools = (*session.posargs[:1], os.environ.get("DETINFER_HIP_TOOLS") or "build/hip")[0]
+    path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH"), str(Path(tools).resolve())) if p)
+    session.run("python", "-m", "pytest", "tests/ops/test_attention_triton.py", env={"PYTHONPATH": path})
 
 
 @nox.session
