@@ -295,8 +295,8 @@ def _invariance(
 def _staleness(
     found: Comparison, manifest: Any, target: Any, decisions: Sequence[dict[str, Any]], policy: Policy
 ) -> Comparison:
-    """A golden is judged where the environment is the recorded one, or every operation is portable, and where a
-    mixture of experts is added over ranks as it was."""
+    """A golden is judged where the environment is the recorded one, or every operation is portable, then and now, and
+    where a mixture of experts is added over ranks as it was."""
     if (then_added := reductions_of(manifest)) != policy.reductions:
         found.verdict, found.first = "stale", None
         how = f"recorded with {then_added} reductions of mixture-of-experts layers, verified with {policy.reductions} ones"
@@ -305,6 +305,7 @@ def _staleness(
     then = environment.Environment.from_json(manifest.environment)
     now = environment.capture(native.isa(), target.libraries, device_of(target.module))
     found.stale = [(name, str(a), str(b)) for name, a, b in environment.differences(then, now)]
+    decisions = [*manifest.decisions, *decisions]  # a product on a GPU's matrix unit is not what a CPU gives for it
     if found.stale and not all(decision["portable"] for decision in decisions):
         found.verdict = "stale"
         bound = sorted({decision["op"] for decision in decisions if not decision["portable"]})

@@ -170,6 +170,7 @@ def test_threads_have_blocks_of_their_own() -> None:
     x, w = drawn(7, 9, 512), drawn(8, 64, 512)
     with deterministic("batch"):
         expected = F.linear(x, w)
+    torch.cuda.synchronize()
     found: dict[int, torch.Tensor] = {}
 
     def work(number: int) -> None:
@@ -199,4 +200,4 @@ def test_record_and_verify_on_a_gpu(tmp_path: Path) -> None:
     assert found["invariance"]["verdict"] == "same" and found["golden"]["verdict"] == "same"
     assert {d["path"] for d in found["decisions"] if d["op"] == "aten::linear"} <= {"cuda/matmul"}
     run(["verify", str(golden), "--n-trials", "3", "--device", "cpu", "--json", str(report)])
-    assert json.loads(report.read_text())["golden"]["verdict"] in ("stale", "diverged")
+    assert json.loads(report.read_text())["golden"]["verdict"] == "stale"
