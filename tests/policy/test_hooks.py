@@ -12,7 +12,7 @@ import torch
 
 from detinfer import bits, deterministic
 from detinfer.errors import RefusedError
-from detinfer.policy import hooks
+from detinfer.policy import Guarantee, Policy, hooks
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 import zoo
@@ -54,6 +54,9 @@ def test_every_form_gives_the_same_bytes(name: str) -> None:
             found.append(bits.as_bytes(model(ids).logits))
         with torch.no_grad():
             default.append(bits.as_bytes(model(ids).logits))
+    for policy in (Policy(uncovered="trust"), Policy(Guarantee("batch", "portable"))):
+        with deterministic(policy):
+            found.append(bits.as_bytes(model(ids).logits))
     assert len(set(found)) == 1
     assert set(default[:3]) != set(found)
 
