@@ -124,7 +124,11 @@ class Walk:
             if axis.name not in names:
                 continue
             reason = "only a language model has it" if self.model is None else axis.needs(self.model)
-            self.results[axis.name] = AxisResult(axis.name, axis.what, note=reason or "")
+            if reason is None and axis.name == "right-padding" and self.model is not None and self.model.slides:
+                note = "prefill alone: a sliding window is counted in slots, and the hole has some"
+            else:
+                note = reason or ""
+            self.results[axis.name] = AxisResult(axis.name, axis.what, note=note)
             if reason is None:
                 found.append(axis)
         return found
