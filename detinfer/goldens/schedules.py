@@ -70,6 +70,11 @@ class Model:
         kinds = getattr(getattr(self.module, "config", None), "layer_types", None) or ()
         return "sliding_attention" in kinds
 
+    @property
+    def holes_count(self) -> bool:
+        """Whether attention gives a masked key between others a place of its own, as detinfer's order on a GPU does."""
+        return self._device.type == "cuda"
+
     def takes(self, *names: str) -> bool:
         """Whether ``forward`` has parameters of these names."""
         return all(name in self._takes for name in names)
@@ -198,8 +203,10 @@ def _padded(model: Model, rng: random.Random, left: bool) -> Iterator[Rows]:
         yield Rows(how, [Part(i, 0, n, at=width - n, gap=width - n) for i, n in rows_of], logits)
     else:
         yield Rows(how, [Part(i, 0, n) for i, n in rows_of], logits)
-    if model.slides and not left:
-        return  # a window counts the padding between a prompt and what follows it: another question to the model
+    if not left and (model.slides or model.holes_count):
+        # A window counts the padding between a prompt and what follows it, and so does attention's order on a GPU:
+        # another question to the model.
+        return
     for step in range(min(1 + _PADDED_STEPS, *(len(model.tokens[i]) - n for i, n in rows_of))):
         for mask in masks:
             mask.append(1)
