@@ -62,7 +62,7 @@ DETINFER_EXPORT int detinfer_gpu_rows(const GpuRowsArgs* args, void* stream) {
   const gpu::Stream on = static_cast<gpu::Stream>(stream);
   if (p.op < kSum || p.op > kLayerNorm) return gpu::refuse_rows(kBadArgument, "rows: no such operation");
   if (p.dtype < kFloat32 || p.dtype > kFloat16) return gpu::refuse_rows(kBadArgument, "rows: no such dtype");
-  if (p.rows < 0 || p.n < 0 || p.inner < 1) return gpu::refuse_rows(kBadArgument, "rows: a size is negative");
+  if (p.rows < 0 || p.n < 0 || (p.rows > 0 && p.inner < 1)) return gpu::refuse_rows(kBadArgument, "rows: a size is negative");
   if (p.inner > 1 && p.op > kMin) return gpu::refuse_rows(kBadArgument, "rows: this operation runs along contiguous rows");
   if (p.out_dtype != p.dtype && p.out_dtype != kFloat32)
     return gpu::refuse_rows(kBadArgument, "rows: the output's dtype is neither the input's nor fp32");

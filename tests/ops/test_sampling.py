@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import detinfer
 from detinfer.errors import UnsupportedDtype, UsageError
 from detinfer.ops.evidence import to_values
 from detinfer.ops.sampling import SeededSampler, sample
@@ -179,6 +180,34 @@ def test_sampler_in_a_generation() -> None:
     assert continued.argmax(-1).tolist() == sample(x, [3, 8], [2, 5], temperature=0.8).tolist()
     with pytest.raises(UsageError, match="nothing can be drawn"):
         sampler(torch.zeros(2, 9, dtype=torch.int64), torch.full((2, 5), torch.nan))
+
+
+def test_generate_under_a_policy() -> None:
+    """transformers' generate: a request's tokens alone, in a batch and behind padding; another seed, other tokens."""
+    transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(3, 300, (3, 7))
+
+    def generate(ids: torch.Tensor, seeds: list[int], padding: int = 0) -> torch.Tensor:
+        mask = torch.ones_like(ids)
+        ids, mask = (torch.nn.functional.pad(v, (padding, 0)) for v in (ids, mask))
+        sampler = SeededSampler(seeds, temperature=0.8, top_p=0.95)
+        length = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0}
+        with detinfer.deterministic("batch"), torch.no_grad():
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=False, logits_processor=[sampler], **length
+            )
+        tokens: torch.Tensor = out[:, -6:]
+        return tokens
+
+    together = generate(ids, [5, 6, 7])
+    for i in range(3):
+        assert generate(ids[i : i + 1], [5 + i]).tolist() == together[i : i + 1].tolist()
+    assert generate(ids, [5, 6, 7], padding=4).tolist() == together.tolist()
+    assert generate(ids, [6, 7, 5]).tolist() != together.tolist()
 
 
 def test_bad_input_is_refused() -> None:
