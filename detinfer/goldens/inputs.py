@@ -54,8 +54,8 @@ class Options:
         return planned[: self.n_trials] if self.only_trial is None else [planned[self.only_trial]]
 
     def cases(self) -> list[int]:
-        """The cases of each axis other than the trials': one for ten trials."""
-        return list(range(max(1, self.n_trials // 10))) if self.only_trial is None else [self.only_trial]
+        """The cases of each axis other than the trials': one for 25 trials."""
+        return list(range(max(1, self.n_trials // 25))) if self.only_trial is None else [self.only_trial]
 
     def redo(self, path: str, unit: str, trial: int | None, axis: str | None = None) -> str:
         """The command that redoes one comparison."""
