@@ -9,7 +9,7 @@ int all_gather(const Comm& comm, const GpuCall* call, Stream stream) {
     constexpr int N = decltype(ranks)::value;
     if (call == nullptr) {
       if (const int status = ready(push_gather<N>, comm.config.push_channels, comm.config.push_threads, 0, "push")) return status;
-      return ready(tile_gather<N>, comm.config.tile_channels, comm.config.tile_threads, 0, "push_tiles");
+      return ready(tile_gather<N>, comm.config.tile_channels, comm.config.tile_threads + Desk::kHelpers, 0, "push_tiles");
     }
     const GpuConfig& config = comm.config;
     const auto fits = [&](int64_t pack) {
@@ -42,7 +42,7 @@ int all_gather(const Comm& comm, const GpuCall* call, Stream stream) {
     args.out_aligned = fits(16);
     const int64_t blocks = clamped(divided_up(call->count, args.tile_bytes), 1, shape.channels);
     const int64_t threads = clamped(divided_up(args.tile_bytes / kPackBytes, 32) * 32, 32, config.tile_threads);
-    return checked(launch(tile_gather<N>, static_cast<int>(blocks), static_cast<int>(threads), 0, stream, config.overlap != 0,
+    return checked(launch(tile_gather<N>, static_cast<int>(blocks), static_cast<int>(threads) + Desk::kHelpers, 0, stream, config.overlap != 0,
                           link_of(comm, comm.state->tiles, *call), comm.regions.tiles, args),
                    "launching tiles");
   });

@@ -35,7 +35,10 @@ template <class T, int N> int run_push(const Comm& comm, const GpuCall& call, in
   args.out_aligned = aligned_to(call.out, 8);
   args.how = {call.op, call.order};
   const Link link = link_of(comm, comm.state->push, call);
-  return checked(launch(push_reduce<T, N>, shape.blocks, shape.threads, 0, stream, comm.config.overlap != 0, link,
+  const bool plain = DETINFER_MUTANT != 6 && !scatter && args.how.op == static_cast<int32_t>(ReduceOp::kSum) &&
+                     args.how.order == static_cast<int32_t>(RankOrder::kLinear) && args.in_aligned && args.out_aligned &&
+                     bytes % kPacketBytes == 0 && shape.per_channel <= shape.threads;
+  return checked(launch(plain ? push_sum<T, N> : push_reduce<T, N>, shape.blocks, shape.threads, 0, stream, comm.config.overlap != 0, link,
                         comm.regions.packets, args),
                  "launching push");
 }
@@ -55,7 +58,7 @@ template <class T, int N> int run_tiles(const Comm& comm, const GpuCall& call, i
   const int64_t threads = clamped(divided_up(args.tile_bytes / kPackBytes, 32) * 32, 32, config.tile_threads);
   const Link link = link_of(comm, comm.state->tiles, call);
   const auto kernel = call.path == static_cast<int32_t>(GpuPath::kPull) ? one_shot_reduce<T, N, true> : one_shot_reduce<T, N, false>;
-  return checked(launch(kernel, static_cast<int>(blocks), static_cast<int>(threads), 0, stream, config.overlap != 0, link,
+  return checked(launch(kernel, static_cast<int>(blocks), static_cast<int>(threads) + Desk::kHelpers, 0, stream, config.overlap != 0, link,
                         comm.regions.tiles, args),
                  "launching tiles");
 }
@@ -78,7 +81,7 @@ int run_parts(const Comm& comm, const GpuCall& call, int64_t bytes, Stream strea
   const int64_t blocks = clamped(divided_up(bytes, tile * args.part_bytes), 1, shape.channels);
   const int64_t threads = clamped(divided_up(args.part_bytes / kPackBytes, 32) * 32, 32, config.tile_threads);
   const Link link = link_of(comm, comm.state->parts, call);
-  return checked(launch(two_shot_reduce<T, N, kScatter>, static_cast<int>(blocks), static_cast<int>(threads), 0, stream,
+  return checked(launch(two_shot_reduce<T, N, kScatter>, static_cast<int>(blocks), static_cast<int>(threads) + Desk::kHelpers, 0, stream,
                         config.overlap != 0, link, comm.regions.parts, comm.regions.sums, args),
                  "launching two_shot");
 }
@@ -90,11 +93,12 @@ int load_all(const Comm& comm) {
         using T = decltype(type);
         constexpr int N = decltype(ranks)::value;
         const GpuConfig& config = comm.config;
-        if (const int status = ready(push_reduce<T, N>, config.push_channels, config.push_threads, 0, "push")) return status;
+        for (auto kernel : {push_reduce<T, N>, push_sum<T, N>})
+          if (const int status = ready(kernel, config.push_channels, config.push_threads, 0, "push")) return status;
         for (auto kernel : {one_shot_reduce<T, N, false>, one_shot_reduce<T, N, true>})
-          if (const int status = ready(kernel, config.tile_channels, config.tile_threads, 0, "push_tiles and pull")) return status;
+          if (const int status = ready(kernel, config.tile_channels, config.tile_threads + Desk::kHelpers, 0, "push_tiles and pull")) return status;
         for (auto kernel : {two_shot_reduce<T, N, false>, two_shot_reduce<T, N, true>})
-          if (const int status = ready(kernel, config.tile_channels, config.tile_threads, 0, "two_shot")) return status;
+          if (const int status = ready(kernel, config.tile_channels, config.tile_threads + Desk::kHelpers, 0, "two_shot")) return status;
         return static_cast<int>(kOk);
       });
     });

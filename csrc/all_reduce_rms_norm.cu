@@ -5,124 +5,135 @@ namespace detinfer {
 namespace gpu {
 namespace {
 
-// How many packets of a thread are waited for at a time: as many as the registers hold.
-template <class T, int N> constexpr int kAtATime = (N == 2 ? 4 : N <= 4 ? 2 : 1) * T::kPerWord;
+template <int K> constexpr int kBlockThreads = K == 1 ? kRowThreads : kMostRowThreads;
+template <int K> constexpr int kBlocksAtOnce = kMostRowThreads / kBlockThreads<K>;  // on a processor: 64 registers a thread
 
-// A block takes the rows blockIdx.x, blockIdx.x + gridDim.x, ...
-template <class T, int N, int kMost>
-__global__ void __launch_bounds__(kNormThreads<T>, 1)
+// How many packets of a thread are waited for at a time: as many as the registers hold.
+template <int N, int K> constexpr int kAtATime = N == 2 || K == 1 ? K : N <= 4 ? 2 : 1;
+
+// A group of blocks takes a row, and then the row as many further as there are groups.
+template <class T, int N, int K>
+__global__ void __launch_bounds__(kBlockThreads<K>, kBlocksAtOnce<K>)
     push_rms_norm(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Packets packets, const char* in,
                   DETINFER_PARAMETER NormArgs args) {
-  using Norm = RowNorm<T, kMost, false>;
-  constexpr int U = kAtATime<T, N> < Norm::kHold ? kAtATime<T, N> : Norm::kHold, kThreads = Norm::kThreads;
-  __shared__ alignas(16) float lanes[kRowLanes];
-  wait_for_previous_kernel();
+  constexpr int U = kAtATime<N, K>;
+  extern __shared__ __align__(16) char room[];
+  __shared__ RowMeeting meeting;
+  SharedRow<T, 2, K> norm(args, room, meeting);
+  const int64_t groups = gridDim.x / args.blocks;
+  const int length = static_cast<int>(blockDim.x) * K;  // room for a row's packets of this block
+  const int place = static_cast<int>(threadIdx.x / 32 * (32 * K) + threadIdx.x % 32);
+  const auto load = [&](int64_t row, Pack<2>(&data)[K]) {
+#pragma unroll
+    for (int u = 0; u < K; u++)
+      if (norm.has(u)) data[u] = *reinterpret_cast<const Pack<2>*>(in + norm.place(row, u));
+  };
+  int64_t row = blockIdx.x / args.blocks;
+  int slot = place;
   PacketChannel<N> channel(link, packets);
-  const int64_t length = args.hidden / Norm::kElements;  // packets of a row
-  int64_t slot = 0;
-  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x, slot += length) {
-    for (int64_t p = threadIdx.x; p < length; p += U * kThreads) {
-      Pack<2> data[U];
+  wait_for_previous_kernel();
+  Pack<2> mine[K];
+  load(row, mine);
+  channel.open();
+  for (int64_t other = row;;) {
 #pragma unroll
-      for (int u = 0; u < U; u++)
-        if (p + u * kThreads < length) data[u] = load_packet(in + (row * length + p + u * kThreads) * 8);
+    for (int u = 0; u < K; u++) {
+      if (!norm.has(u)) continue;
 #pragma unroll
-      for (int u = 0; u < U; u++) {
-        if (p + u * kThreads >= length) continue;
-#pragma unroll
-        for (int step = 1; step < N; step++) channel.send(after<N>(link.rank, step), slot + p + u * kThreads, data[u]);
-      }
+      for (int step = 1; step < N; step++) channel.send(after<N>(link.rank, step), slot + u * 32, mine[u]);
     }
+    other += groups, slot += length;
+    if (other >= args.rows) break;
+    load(other, mine);
   }
-  Norm norm(args, lanes);
-  slot = 0;
-  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x, slot += length) {
-    norm.load_residual(row);
+  norm.load_residual(row);
+  norm.load_weight();
+  if (row + groups < args.rows) load(row, mine);
+  norm.meet();
+  slot = place;
+  for (uint32_t turn = 0; row < args.rows; row += groups, slot += length, turn++) {
+    if (turn != 0) {
+      norm.load_residual(row);
+      load(row, mine);
+    }
     bool good = true;
 #pragma unroll
-    for (int k = 0; k < norm.kHold; k += U) {
-      if (k * kThreads >= length) continue;  // the same for every thread
-      Pack<2> mine[U] = {}, got[U][N];
+    for (int k = 0; k < K; k += U) {
+      Pack<2> own[U], got[U][N];
 #pragma unroll
-      for (int u = 0; u < U; u++)
-        if (norm.has(k + u)) mine[u] = load_packet(in + norm.place(row, k + u));
-      good = channel.template receive<U>(slot + norm.packet(k), kThreads, slot + length, got) && good;
+      for (int u = 0; u < U; u++) own[u] = mine[k + u];
+      good = channel.template receive<U>(slot + k * 32, norm.count() - k, own, got) && good;
 #pragma unroll
       for (int u = 0; u < U; u++)
         if (norm.has(k + u))
           norm.add(row, k + u,
-                   good ? sum_pack<T, N, 2>([&](int r) { return r == link.rank ? mine[u] : got[u][r]; }) : poison<2>());
+                   good ? sum_pack<T, N, 2>([&](int r) { return got[u][r]; }) : poison<2>());
     }
-    const float r = norm.inverse_root_of_row();
+    const float r = norm.inverse_root_of_row(turn);
     norm.put(row, r, good);
   }
   channel.close();
 }
 
 // A row is a tile.
-template <class T, int N, int kMost>
-__global__ void __launch_bounds__(kNormThreads<T>, 1)
+template <class T, int N>
+__global__ void __launch_bounds__(kOwnThreads<T> + Desk::kHelpers, 2)
     tile_rms_norm(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Ring ring, const char* in,
                   DETINFER_PARAMETER NormArgs args) {
-  using Norm = RowNorm<T, kMost, false>;
-  constexpr int U = kAtATime<T, N> < Norm::kHold ? kAtATime<T, N> : Norm::kHold;
-  __shared__ alignas(16) float lanes[kRowLanes];
+  constexpr int U = N == 2 ? 4 : N <= 4 ? 2 : 1;
+  extern __shared__ __align__(16) char room[];
+  __shared__ alignas(16) float lanes[2][kLeftLanes];
+  __shared__ Desk desk;
+  desk.clear();
+  OwnRow<T, false> norm(args, room, lanes, &desk);
   wait_for_previous_kernel();
   const TileChannel<N> channel(link, ring);
-  Norm norm(args, lanes);
   const uint32_t first = link.counters[blockIdx.x] + 1;
   const int64_t mine = tiles_of(args.rows, blockIdx.x, gridDim.x);
   const int64_t length = static_cast<int64_t>(args.hidden) * T::kBytes;
+  struct Ranks {
+    Pack<4> of[N];
+  };
   exchange_tiles<N>(
-      channel, first, mine,
+      channel, desk, first, mine,
       [&](int64_t k, uint32_t sequence) {
         send_tile<T, N, false>(channel, in + (blockIdx.x + k * gridDim.x) * length, length, true, link.rank, sequence);
       },
       [&](int64_t k, uint32_t sequence, bool good) {
         const int64_t row = blockIdx.x + k * gridDim.x;
-        norm.load_residual(row);
+        const float squares = norm.template take<U>(
+            row, static_cast<uint32_t>(k),
+            [&](int at) {
+              Ranks ranks;
 #pragma unroll
-        for (int p = 0; p < norm.kHold; p += U) {
-          Pack<2> got[U][N];
-#pragma unroll
-          for (int u = 0; u < U; u++) {
-            if (!norm.has(p + u)) continue;
-#pragma unroll
-            for (int r = 0; r < N; r++) {
-              if (r == link.rank) got[u][r] = load_packet(in + norm.place(row, p + u));
-              else got[u][r] = *reinterpret_cast<const Pack<2>*>(channel.slot(link.rank, sequence, r) + norm.packet(p + u) * 8);
-            }
-          }
-#pragma unroll
-          for (int u = 0; u < U; u++)
-            if (norm.has(p + u))
-              norm.add(row, p + u, good ? sum_pack<T, N, 2>([&](int r) { return got[u][r]; }) : poison<2>());
-        }
-        const float r = norm.inverse_root_of_row();
-        norm.put(row, r, good);
+              for (int r = 0; r < N; r++)
+                ranks.of[r] = *reinterpret_cast<const Pack<4>*>(
+                    (r == link.rank ? in + row * length : channel.slot(link.rank, sequence, r)) + at);
+              return ranks;
+            },
+            [&](const Ranks& ranks) {
+              return good ? sum_pack<T, N, 4>([&](int r) { return ranks.of[r]; }) : poison<4>();
+            });
+        norm.put(row, squares, good);
       });
-  __syncthreads();
-  if (threadIdx.x == 0) link.counters[blockIdx.x] = first + static_cast<uint32_t>(mine) - 1;
 }
 
 // The same of rows that are reduced already.
-template <class T, int kMost>
-__global__ void __launch_bounds__(kNormThreads<T>, 1) rms_norm(const char* in, DETINFER_PARAMETER NormArgs args) {
-  __shared__ alignas(16) float lanes[kRowLanes];
+template <class T, bool kWide>
+__global__ void __launch_bounds__(kOwnThreads<T>, 768 / kOwnThreads<T>) rms_norm(const char* in, DETINFER_PARAMETER NormArgs args) {
+  extern __shared__ __align__(16) char room[];
+  __shared__ alignas(16) float lanes[2][kLeftLanes];
+  OwnRow<T, kWide> norm(args, room, lanes, nullptr);
   wait_for_previous_kernel();
-  RowNorm<T, kMost, true> norm(args, lanes);
-  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
-    norm.load_residual(row);
-#pragma unroll
-    for (int k = 0; k < norm.kHold; k++)
-      if (norm.has(k)) norm.add(row, k, load_packet(in + norm.place(row, k)));
-    const float r = norm.inverse_root_of_row();
-    norm.put(row, r, true);
+  uint32_t turn = 0;
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x, turn++) {
+    const char* from = in + row * args.hidden * T::kBytes;
+    const float squares = norm.template take<4>(
+        row, turn, [&](int at) { return *reinterpret_cast<const Pack<4>*>(from + at); },
+        [](const Pack<4>& pack) { return pack; });
+    norm.put(row, squares, true);
   }
 }
-
-// Rows take more registers than other tiles: at most a block for each of 128 processors.
-int row_channels(const GpuConfig& config) { return config.tile_channels < 128 ? config.tile_channels : 128; }
 
 NormArgs norm_args(const GpuCall& call) {
   NormArgs args = {};
@@ -135,28 +146,48 @@ NormArgs norm_args(const GpuCall& call) {
   args.weight_mode = call.weight_mode;
   args.residual_mode = call.residual_mode;
   args.weight_fp32 = call.weight_dtype == kFloat32;
+  args.blocks = 1;
   args.eps = static_cast<float>(call.eps);
   return args;
 }
 
-template <class T, int N, int kMost> int load(const Comm& comm) {
-  const GpuConfig& config = comm.config;
-  const int threads = RowNorm<T, kMost, false>::kThreads;
-  if (const int status = ready(push_rms_norm<T, N, kMost>, config.push_channels, threads, 0, "push of rows")) return status;
-  return ready(tile_rms_norm<T, N, kMost>, row_channels(config), threads, 0, "push_tiles of rows");
+// body(integral constant K), K the packs of a thread.
+template <int K> struct Packs {
+  static constexpr int value = K;
+};
+template <class Body> int with_packs(int packs, const Body& body) {
+  return packs == 1 ? body(Packs<1>{}) : packs == 2 ? body(Packs<2>{}) : body(Packs<4>{});
+}
+
+// Blocks of `threads` that push rows in groups, at most: what fits at once. Groups need room that lies together.
+int row_channels(const Comm& comm, int group, int threads) {
+  const int fit = threads > kRowThreads ? 128 : threads > kSmallRowThreads && group > 1 ? 192 : 256;
+  return comm.config.push_channels < fit ? comm.config.push_channels : fit;
+}
+
+template <class T, int N, int K> int load(const Comm& comm) {
+  const auto kernel = push_rms_norm<T, N, K>;
+  const int shared = kMostFused * static_cast<int>(sizeof(float));
+  for (int group = comm.row_blocks; group > 1; group /= 2)
+    for (int threads : {kSmallRowThreads, kRowThreads})
+      if (const int status = ready_groups(kernel, group, row_channels(comm, group, threads), threads, shared / group, "push of rows"))
+        return status;
+  return ready(kernel, row_channels(comm, 1, kBlockThreads<K>), kBlockThreads<K>, shared, "push of rows");
 }
 
 int load_all(const Comm& comm) {
   for (int dtype : {kFloat32, kBFloat16, kFloat16}) {
     const int status = with_dtype(dtype, [&](auto type) {
+      using T = decltype(type);
+      for (auto kernel : {rms_norm<T, false>, rms_norm<T, true>})
+        if (const int status = checked(load_kernel(kernel, own_row_bytes(kMostHidden)), "loading rms_norm")) return status;
       return with_ranks(comm.config.ranks, [&](auto ranks) {
-        using T = decltype(type);
         constexpr int N = decltype(ranks)::value;
-        if (const int status = load<T, N, kMostFused / 2>(comm)) return status;
-        if (const int status = load<T, N, kMostFused>(comm)) return status;
-        for (auto kernel : {rms_norm<T, kMostFused / 2>, rms_norm<T, kMostFused>, rms_norm<T, kMostHidden>})
-          if (const int status = checked(load_kernel(kernel, 0), "loading rms_norm")) return status;
-        return static_cast<int>(kOk);
+        for (int packs : {1, 2, 4}) {
+          const int status = with_packs(packs, [&](auto k) { return load<T, N, decltype(k)::value>(comm); });
+          if (status != kOk) return status;
+        }
+        return ready(tile_rms_norm<T, N>, comm.config.tile_channels, kOwnThreads<T> + Desk::kHelpers, own_row_bytes(kMostFused), "push_tiles of rows");
       });
     });
     if (status != kOk) return status;
@@ -164,26 +195,66 @@ int load_all(const Comm& comm) {
   return kOk;
 }
 
-// The kernels that reduce and normalise; kMost bounds the elements of a row.
-template <class T, int N, int kMost> int run_fused(const Comm& comm, const GpuCall& call, const NormArgs& args, Stream stream) {
-  using Norm = RowNorm<T, kMost, false>;
-  const GpuConfig& config = comm.config;
-  const char* in = static_cast<const char*>(call.in);
-  if (call.path == static_cast<int32_t>(GpuPath::kPush)) {
-    const int64_t blocks = clamped(args.rows, 1, config.push_channels);
-    if (divided_up(args.rows, blocks) * (args.hidden / Norm::kElements) > comm.regions.packets.capacity)
-      return refuse(kBadArgument, "push does not hold %lld rows of %d elements", static_cast<long long>(args.rows), args.hidden);
-    return checked(launch(push_rms_norm<T, N, kMost>, static_cast<int>(blocks), Norm::kThreads, 0, stream, config.overlap != 0,
-                          link_of(comm, comm.state->push, call), comm.regions.packets, in, args),
+// As many blocks for a row as there is room for, of 512 bytes at least.
+template <class T> RowShape push_rows_shape(const Comm& comm, const NormArgs& args) {
+  for (int blocks = comm.row_blocks; blocks > 1; blocks /= 2)
+    for (int threads : {kRowThreads, kSmallRowThreads}) {
+      const RowShape shape = row_shape(args.hidden, 2 * T::kPerWord, blocks, threads);
+      const bool room = shape.fits && args.rows * blocks <= row_channels(comm, blocks, shape.threads);
+      if (room && shape.packs <= 2 && args.hidden * T::kBytes >= blocks * 512) return shape;
+    }
+  const RowShape shape = row_shape(args.hidden, 2 * T::kPerWord, 1, kRowThreads);
+  return shape.packs == 1 ? shape : row_shape(args.hidden, 2 * T::kPerWord, 1, kMostRowThreads);
+}
+
+// Groups of blocks for the rows; 0: push does not hold them.
+int64_t groups_for(const Comm& comm, const NormArgs& args, const RowShape& shape) {
+  const int64_t groups = clamped(args.rows, 1, row_channels(comm, shape.blocks, shape.threads) / shape.blocks);
+  const int64_t packets = divided_up(args.rows, groups) * shape.threads * shape.packs;  // of a block, whole warps of them
+  return shape.fits && packets <= comm.regions.packets.capacity ? groups : 0;
+}
+
+template <class T, int N> int run_push(const Comm& comm, const GpuCall& call, NormArgs args, Stream stream) {
+  const RowShape shape = push_rows_shape<T>(comm, args);
+  args.blocks = shape.blocks;
+  const int64_t groups = groups_for(comm, args, shape);
+  if (groups == 0)
+    return refuse(kBadArgument, "push does not hold %lld rows of %d elements", static_cast<long long>(args.rows), args.hidden);
+  return with_packs(shape.packs, [&](auto k) {
+    constexpr int K = decltype(k)::value;
+    return checked(launch_groups(push_rms_norm<T, N, K>, shape.blocks, static_cast<int>(groups * shape.blocks), shape.threads,
+                                 shape.shared_bytes, stream, comm.config.overlap != 0, link_of(comm, comm.state->push, call),
+                                 comm.regions.packets, static_cast<const char*>(call.in), args),
                    "launching push");
-  }
-  const int64_t blocks = clamped(args.rows, 1, row_channels(config));
-  return checked(launch(tile_rms_norm<T, N, kMost>, static_cast<int>(blocks), Norm::kThreads, 0, stream, config.overlap != 0,
-                        link_of(comm, comm.state->tiles, call), comm.regions.tiles, in, args),
+  });
+}
+
+template <class T, int N> int run_tiles(const Comm& comm, const GpuCall& call, const NormArgs& args, Stream stream) {
+  const int64_t blocks = clamped(args.rows, 1, comm.config.tile_channels);
+  return checked(launch(tile_rms_norm<T, N>, static_cast<int>(blocks), kOwnThreads<T> + Desk::kHelpers, own_row_bytes(args.hidden), stream,
+                        comm.config.overlap != 0, link_of(comm, comm.state->tiles, call), comm.regions.tiles,
+                        static_cast<const char*>(call.in), args),
                  "launching push_tiles");
 }
 
+// Rows that `out` holds, reduced; each is read whole before it is written.
+template <class T> int run_norm(const GpuCall& call, const NormArgs& args, Stream stream) {
+  const auto kernel = args.weight_fp32 && T::kPerWord != 1 ? rms_norm<T, true> : rms_norm<T, false>;
+  const int64_t blocks = clamped(args.rows, 1, 1 << 20);  // these wait for nobody
+  // Not set up early: its blocks would take the room of kernels that others wait for.
+  return checked(launch(kernel, static_cast<int>(blocks), kOwnThreads<T>, own_row_bytes(args.hidden), stream, false,
+                        static_cast<const char*>(call.out), args),
+                 "launching rms_norm");
+}
+
 }  // namespace
+
+bool push_holds_rows(const Comm& comm, const GpuCall& call) {
+  const NormArgs args = norm_args(call);
+  return with_dtype(call.dtype, [&](auto type) {
+           return static_cast<int>(groups_for(comm, args, push_rows_shape<decltype(type)>(comm, args)));
+         }) > 0;
+}
 
 int all_reduce_rms_norm(const Comm& comm, const GpuCall* call, Stream stream) {
   if (call == nullptr) return load_all(comm);
@@ -204,19 +275,11 @@ int all_reduce_rms_norm(const Comm& comm, const GpuCall* call, Stream stream) {
     if (plain && (push || tiles))
       return with_ranks(config.ranks, [&](auto ranks) {
         constexpr int N = decltype(ranks)::value;
-        return args.hidden <= kMostFused / 2 ? run_fused<T, N, kMostFused / 2>(comm, *call, args, stream)
-                                             : run_fused<T, N, kMostFused>(comm, *call, args, stream);
+        return push ? run_push<T, N>(comm, *call, args, stream) : run_tiles<T, N>(comm, *call, args, stream);
       });
-    // The sum lands in `out`; the norm is done there, row by row, each read whole before it is written.
+    // The sum lands in `out`; the norm is done there.
     if (const int failed = all_reduce(comm, call, stream)) return failed;
-    const int64_t blocks = clamped(args.rows, 1, 1 << 20);  // these wait for nobody
-    const auto kernel = args.hidden <= kMostFused / 2 ? rms_norm<T, kMostFused / 2>
-                        : args.hidden <= kMostFused   ? rms_norm<T, kMostFused>
-                                                      : rms_norm<T, kMostHidden>;
-    // Not set up early: its blocks would take the room of kernels that others wait for.
-    return checked(launch(kernel, static_cast<int>(blocks), RowNorm<T, kMostHidden, true>::kThreads, 0, stream, false,
-                          static_cast<const char*>(call->out), args),
-                   "launching rms_norm");
+    return run_norm<T>(*call, args, stream);
   });
 }
 

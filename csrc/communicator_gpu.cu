@@ -39,14 +39,16 @@ int check_config(const GpuConfig& config) {
     return refuse(kBadArgument, "rank %d of %d: 2 to %d ranks are supported", config.rank, config.ranks, kMostRanks);
   if (config.push_channels < 1 || config.push_channels > kMostChannels || config.tile_channels < 1 || config.tile_channels > kMostChannels)
     return refuse(kBadArgument, "channels must be 1 to %d", kMostChannels);
-  if (config.push_bytes < 64 || config.push_bytes % kPacketBytes != 0 || config.push_threads < 32 || config.push_threads > 512 || config.push_threads % 32 != 0)
-    return refuse(kBadArgument, "push_bytes must be a multiple of %d, push_threads of 32 up to 512", kPacketBytes);
+  if (config.push_bytes < 64 || config.push_bytes > kMostPushBytes || config.push_bytes % kPacketBytes != 0 || config.push_threads < 32 || config.push_threads > 512 || config.push_threads % 32 != 0)
+    return refuse(kBadArgument, "push_bytes must be a multiple of %d up to %d, push_threads of 32 up to 512", kPacketBytes, kMostPushBytes);
   if (config.tile_bytes < 512 || config.tile_bytes % 512 != 0 || config.part_bytes / config.ranks < 512 ||
       config.least_tile_bytes < 512 || config.least_tile_bytes > config.tile_bytes || config.least_tile_bytes % 512 != 0 ||
       config.least_tile_bytes > config.part_bytes)
     return refuse(kBadArgument, "tile_bytes and least_tile_bytes must be multiples of 512, part_bytes at least 512 a rank");
   if (config.tile_threads < 32 || config.tile_threads > kTileThreads || config.tile_threads % 32 != 0)
     return refuse(kBadArgument, "tile_threads must be a multiple of 32 up to %d", kTileThreads);
+  if (config.row_blocks < 1 || config.row_blocks > kMostRowBlocks || (config.row_blocks & (config.row_blocks - 1)) != 0)
+    return refuse(kBadArgument, "row_blocks must be 1, 2, 4 or 8");
   return kOk;
 }
 
@@ -184,6 +186,10 @@ DETINFER_EXPORT int detinfer_gpu_create(const GpuConfig* config, void* const* bu
   bool overlap = false;
   if (status == kOk) status = checked(can_overlap(&overlap), "asking for the device's generation");
   if (!overlap) comm->config.overlap = 0;
+  bool groups = false;
+  if (status == kOk) status = checked(can_group(&groups), "asking for the device's generation");
+  comm->row_blocks = groups ? config->row_blocks : 1;
+  while (comm->row_blocks > config->push_channels) comm->row_blocks /= 2;
   if (status == kOk) status = all_reduce(*comm, nullptr, nullptr);
   if (status == kOk) status = all_gather(*comm, nullptr, nullptr);
   if (status == kOk) status = all_reduce_rms_norm(*comm, nullptr, nullptr);
@@ -217,12 +223,17 @@ DETINFER_EXPORT int detinfer_gpu_fault(const Comm* comm, Fault* fault) {
   return kOk;
 }
 
-// Puts one collective on the stream. Allocates nothing and waits for nothing.
-DETINFER_EXPORT int detinfer_gpu_call(const Comm* comm, const GpuCall* call, void* stream) {
+// 1 where path push takes the rows of an all_reduce_rms_norm, else 0.
+DETINFER_EXPORT int detinfer_gpu_push_holds_rows(const Comm* comm, const GpuCall* call) {
+  return call->inner > 0 && call->inner <= kMostHidden && push_holds_rows(*comm, *call) ? 1 : 0;
+}
+
+// Puts one collective on its stream. Allocates nothing and waits for nothing.
+DETINFER_EXPORT int detinfer_gpu_call(const Comm* comm, const GpuCall* call) {
   if (*static_cast<const volatile uint32_t*>(&comm->fault->code) != kNoFault)
     return refuse(kBadArgument, "the communicator has failed");
   if (call->count <= 0) return call->count == 0 ? kOk : refuse(kBadArgument, "negative count");
-  const Stream on = static_cast<Stream>(stream);
+  const Stream on = static_cast<Stream>(call->stream);
   switch (static_cast<GpuCollective>(call->collective)) {
     case GpuCollective::kAllReduce: return all_reduce(*comm, call, on);
     case GpuCollective::kReduceScatter: return reduce_scatter(*comm, call, on);

@@ -4,7 +4,7 @@
 
 namespace detinfer {
 
-static constexpr int32_t kGpuAbi = 2;
+static constexpr int32_t kGpuAbi = 3;
 
 enum class GpuCollective : int32_t { kAllReduce = 0, kReduceScatter, kAllGather, kAllReduceRmsNorm };
 enum class GpuPath : int32_t { kPush = 0, kPushTiles, kPull, kTwoShot };
@@ -22,6 +22,7 @@ struct GpuConfig {
   int32_t overlap;           // set a kernel up while the one before it runs
   uint32_t first_sequence;   // for tests: what every channel has counted before the first call
   int32_t tile_threads;      // of a block of the other paths
+  int32_t row_blocks;        // that may share a row of all_reduce_rms_norm: 1, 2, 4 or 8
   double time_limit_s;
 };
 
@@ -42,6 +43,7 @@ struct GpuCall {
   const void* residual;
   void* residual_out;
   const void* weight;
+  void* stream;
 };
 
 }  // namespace detinfer

@@ -118,9 +118,17 @@ template <class Kernel> static inline Code load_kernel(Kernel kernel, int shared
   (void)shared_bytes;
   return hipFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
 }
+static inline Code can_group(bool* can) {  // see launch_groups()
+  *can = false;
+  return hipSuccess;
+}
+template <class Kernel> static inline Code groups_at_once(int* groups, Kernel, int, int, int) {
+  *groups = 0;
+  return hipSuccess;
+}
 template <class... Parameters, class... Arguments>
-static inline Code launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, Stream stream,
-                          bool /*overlap*/, Arguments... arguments) {
+static inline Code launch_groups(void (*kernel)(Parameters...), int /*group*/, int blocks, int threads, int shared_bytes,
+                                 Stream stream, bool /*overlap*/, Arguments... arguments) {
   kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
   return hipGetLastError();
 }
@@ -171,21 +179,41 @@ template <class Kernel> static inline Code load_kernel(Kernel kernel, int shared
   if (code != kNoError || shared_bytes == 0) return code;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
 }
+static inline Code can_group(bool* can) { return can_overlap(can); }  // see launch_groups(); the same generation
+// Groups of `group` blocks that the device holds at once.
+template <class Kernel> static inline Code groups_at_once(int* groups, Kernel kernel, int group, int threads, int shared_bytes) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(group));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(group), 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaOccupancyMaxActiveClusters(groups, kernel, &config);
+}
+// group: so many neighbouring blocks run at the same time and see each other's shared memory.
 // overlap: the kernel may be set up while the one before it on the stream still runs; it must begin with
 // wait_for_previous_kernel(), which holds it until that one is complete and its writes are visible.
 template <class... Parameters, class... Arguments>
-static inline Code launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, Stream stream,
-                          bool overlap, Arguments... arguments) {
+static inline Code launch_groups(void (*kernel)(Parameters...), int group, int blocks, int threads, int shared_bytes,
+                                 Stream stream, bool overlap, Arguments... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  if (overlap) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (group > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(group), 1, 1};
+  }
+  config.attrs = attributes;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 // `clusters` times `blocks` blocks; a kernel's own shared memory beside the dynamic one counts too.
@@ -208,6 +236,11 @@ static inline Code launch_cluster(void (*kernel)(Parameters...), int clusters, i
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 #endif
+template <class... Parameters, class... Arguments>
+static inline Code launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, Stream stream,
+                          bool overlap, Arguments... arguments) {
+  return launch_groups(kernel, 1, blocks, threads, shared_bytes, stream, overlap, arguments...);
+}
 
 // --- Device side: memory shared between GPUs. docs/concepts/memory_ordering.md has the argument. ---
 
@@ -290,6 +323,41 @@ static __device__ __forceinline__ uint32_t load_flag(const uint32_t* at) {
 
 static __device__ __forceinline__ void fence_system() { __threadfence_system(); }
 
+// --- Device side: warps of one block that go their own ways. A warp is 32 neighbouring threads, also where a wave is 64. ---
+
+// Every thread of the warp: what each did before comes before what all do after.
+static __device__ __forceinline__ void sync_warp() {
+#if defined(__HIP__)
+  __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+#else
+  __syncwarp();
+#endif
+}
+
+// A count in shared memory. add(): every thread of a warp; counts the warp once, and what it did before comes before what
+// a thread does that has seen the count. peek(): the count so far; then fence_block().
+static __device__ __forceinline__ void add(uint32_t* count) {
+  sync_warp();
+  if (threadIdx.x % 32 == 0) {
+    __threadfence_block();
+    atomicAdd(count, 1u);
+  }
+}
+static __device__ __forceinline__ uint32_t peek(const uint32_t* count) { return *static_cast<const volatile uint32_t*>(count); }
+static __device__ __forceinline__ void fence_block() { __threadfence_block(); }
+
+// A barrier of the block's first `warps` warps; `turn`: how often they met before, in `count`, which was 0.
+static __device__ __forceinline__ void sync_first_warps(int warps, uint32_t* count, uint32_t turn) {
+#if defined(__HIP__)
+  add(count);
+  while (static_cast<int32_t>(peek(count) - (turn + 1) * static_cast<uint32_t>(warps)) < 0) __builtin_amdgcn_s_sleep(1);
+  fence_block();
+#else
+  asm volatile("barrier.sync 1, %0;" ::"r"(32 * warps) : "memory");
+#endif
+}
+
 // A clock in nanoseconds, coarse: for time limits.
 static __device__ __forceinline__ uint64_t now_ns() {
 #if defined(__HIP__)
@@ -339,6 +407,58 @@ static __device__ __forceinline__ float from_block(const float* shared, int rank
 #endif
   return value;
 }
+#endif
+
+// --- Device side: blocks of a group (launch_groups) give each other values through shared memory. ---
+
+// Where the values of one exchange arrive: a count of bytes that every thread of the block can wait for.
+struct Arrival {
+  uint64_t barrier;
+};
+
+#if !defined(__HIP__) && __CUDA_ARCH__ >= 900
+static constexpr bool kGroups = true;
+static __device__ __forceinline__ uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+// One thread; then every thread of every block of the group calls meet_begin() and, before it sends, meet_end().
+static __device__ __forceinline__ void make(Arrival* arrival) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrival)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+static __device__ __forceinline__ void meet_begin() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+static __device__ __forceinline__ void meet_end() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// One thread, once for each exchange.
+static __device__ __forceinline__ void expect(Arrival* arrival, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrival)), "r"(bytes) : "memory");
+}
+// Two floats to `at`, which counts in `arrival`; both are this block's, and those of block `block` of the group are meant.
+static __device__ __forceinline__ void send_floats(float* at, float first, float second, Arrival* arrival, int block) {
+  uint32_t to, counted;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(at)), "r"(block));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counted) : "r"(shared_address(arrival)), "r"(block));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(first),
+               "f"(second), "r"(counted)
+               : "memory");
+}
+// Until everything that was expected has arrived; `turn`: how often `arrival` was full before, modulo 2.
+static __device__ __forceinline__ void await(Arrival* arrival, uint32_t turn) {
+  uint32_t done = 0;
+  while (done == 0)
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(arrival)), "r"(turn)
+        : "memory");
+}
+#else  // groups of one block: never called
+static constexpr bool kGroups = false;
+static __device__ __forceinline__ void make(Arrival*) {}
+static __device__ __forceinline__ void meet_begin() {}
+static __device__ __forceinline__ void meet_end() {}
+static __device__ __forceinline__ void expect(Arrival*, uint32_t) {}
+static __device__ __forceinline__ void send_floats(float*, float, float, Arrival*, int) {}
+static __device__ __forceinline__ void await(Arrival*, uint32_t) {}
 #endif
 
 // --- Device side: lanes and conversions. ---

@@ -3,7 +3,8 @@
 
 #include "../communicator_gpu.h"
 #include "packets.h"
-#include "rms_norm.h"
+#include "own_row.h"
+#include "shared_row.h"
 #include "two_shot.h"
 
 namespace detinfer {
@@ -31,6 +32,7 @@ struct Comm {
   State* state;
   Fault* fault;         // in host memory
   Fault* fault_device;  // the same, as the device sees it
+  int row_blocks;       // that may share a row at most: 1 where the device has no groups of blocks
 };
 
 int refuse(Status status, const char* format, ...) __attribute__((format(printf, 2, 3)));
@@ -45,6 +47,17 @@ template <class Kernel> static inline int ready(Kernel kernel, int channels, int
   if (blocks * count >= channels) return kOk;
   return refuse(kNotSupported, "%s: %d blocks of %d threads do not fit on the device together, %d do: take fewer channels",
                 name, channels, threads, blocks * count);
+}
+
+// The same of kernels that are launched in groups of `group` blocks.
+template <class Kernel>
+static inline int ready_groups(Kernel kernel, int group, int channels, int threads, int shared_bytes, const char* name) {
+  int groups = 0;
+  if (const int status = checked(load_kernel(kernel, shared_bytes), name)) return status;
+  if (const int status = checked(groups_at_once(&groups, kernel, group, threads, shared_bytes), name)) return status;
+  if (groups * group >= channels / group * group) return kOk;
+  return refuse(kNotSupported, "%s: %d groups of %d blocks of %d threads do not fit on the device together, %d do: take fewer channels",
+                name, channels / group, group, threads, groups);
 }
 
 Link link_of(const Comm& comm, uint32_t* counters, const GpuCall& call);
@@ -97,6 +110,9 @@ int all_reduce(const Comm& comm, const GpuCall* call, Stream stream);
 int reduce_scatter(const Comm& comm, const GpuCall* call, Stream stream);
 int all_gather(const Comm& comm, const GpuCall* call, Stream stream);
 int all_reduce_rms_norm(const Comm& comm, const GpuCall* call, Stream stream);
+
+// Whether push takes the rows of an all_reduce_rms_norm.
+bool push_holds_rows(const Comm& comm, const GpuCall& call);
 
 // The shape of a push of `bytes` from each rank to each; also says whether it fits.
 struct PushShape {

@@ -20,7 +20,8 @@ struct Packets {
   uint32_t capacity;  // packets of one source in a bank, less the header
 };
 
-static constexpr int kPacketBytes = 8;  // of data
+static constexpr int kPacketBytes = 8;           // of data
+static constexpr int kMostPushBytes = 16 << 20;  // of a channel: offsets in it are 32-bit
 
 // Every 2^31 calls, the bank that is not in use loses its old epochs, so that none returns after 2^32.
 static __device__ __noinline__ void wipe(Words* words, int64_t count, uint32_t epoch) {
@@ -33,56 +34,65 @@ static __device__ __noinline__ void wipe(Words* words, int64_t count, uint32_t e
 // One block's channel in one call.
 template <int N> class PacketChannel {
  public:
+  // Reads nothing but its arguments: what can be worked out while the kernel before still runs. Then open().
   __device__ PacketChannel(const Link& link, const Packets& packets)
-      : link_(link), epoch_(link.counters[blockIdx.x] + 1), stride_(packets.capacity + 1) {
+      : link_(link), source_bytes_((packets.capacity + 1) * static_cast<uint32_t>(sizeof(Words))), room_(packets.offset) {
+    room_ += static_cast<uint64_t>(blockIdx.x) * (2u * N) * source_bytes_;
+  }
+  __device__ __forceinline__ void open() {
+    epoch_ = link_.counters[blockIdx.x] + 1;
 #if DETINFER_MUTANT == 5  // one bank: a fast rank overwrites what a slow one has not read
-    const uint64_t bank = 0;
+    const uint32_t bank = 0;
 #else
-    const uint64_t bank = epoch_ & 1u;
+    const uint32_t bank = epoch_ & 1u;
 #endif
-    region_ = packets.offset + (blockIdx.x * 2u + bank) * N * stride_ * sizeof(Words);
     if ((epoch_ & 0x7fffffffu) <= 1) {
-      const uint64_t other = packets.offset + (blockIdx.x * 2u + (bank ^ 1u)) * N * stride_ * sizeof(Words);
-      wipe(reinterpret_cast<Words*>(link.buffer[link.rank] + other), N * stride_, epoch_ - 1);
+      char* other = link_.buffer[link_.rank] + room_ + (bank ^ 1u) * (N * source_bytes_);
+      wipe(reinterpret_cast<Words*>(other), N * source_bytes_ / sizeof(Words), epoch_ - 1);
     }
+    room_ += bank * (N * source_bytes_);
+    here_ = link_.buffer[link_.rank] + room_;
     const int t = static_cast<int>(threadIdx.x);
-    if (t < N && t != link.rank) put(t, 0, link.hash, link.hash);
+    if (t < N && t != link_.rank) put(t, 0, link_.hash, link_.hash);
   }
 
-  __device__ __forceinline__ void send(int peer, int64_t packet, const Pack<2>& data) const {
+  __device__ __forceinline__ void send(int peer, int packet, const Pack<2>& data) const {
     put(peer, packet + 1, data.word[0], data.word[1]);
   }
 
-  // Every other rank's packets number packet, packet + step, ..., U of them, those below `end`; got[u][rank] is left alone.
+  // All ranks' packets number packet, packet + 32, ..., `count` of them but no more than U; this rank's are `own`.
   // All threads of a warp call this together, with nothing to read too. False: the wait failed or a peer makes another
   // call.
   template <int U>
-  __device__ __forceinline__ bool receive(int64_t packet, int64_t step, int64_t end, Pack<2> (&got)[U][N]) {
+  __device__ __forceinline__ bool receive(int packet, int count, const Pack<2> (&own)[U], Pack<2> (&got)[U][N]) {
     if (!good_) return false;
     const int source = static_cast<int>(threadIdx.x & 31u) % N;  // whose header this lane checks
     const bool check = !checked_ && source != link_.rank;
-    Words header = {}, word[U][N];
+    const char* const header_at = here_ + source * source_bytes_;
+    const char* at[N - 1];
+#pragma unroll
+    for (int o = 0; o < N - 1; o++) at[o] = here_ + other(o) * source_bytes_ + (packet + 1) * static_cast<int>(sizeof(Words));
+    Words header = {}, word[U][N - 1];
     Patience patience(link_);
     bool there;
     do {
       int missing = source;
-      if (check) header = load_relaxed(at(link_.rank, source, 0));
+      if (check) header = load_relaxed(reinterpret_cast<const Words*>(header_at));
 #pragma unroll
       for (int u = 0; u < U; u++) {
-        if (packet + u * step >= end) continue;
+        if (u >= count) continue;
 #pragma unroll
-        for (int r = 0; r < N; r++)
-          if (r != link_.rank) word[u][r] = load_relaxed(at(link_.rank, r, packet + u * step + 1));
+        for (int o = 0; o < N - 1; o++) word[u][o] = load_relaxed(reinterpret_cast<const Words*>(at[o]) + 32 * u);
       }
       there = !check || has_epoch(header);
 #pragma unroll
       for (int u = 0; u < U; u++) {
-        if (packet + u * step >= end) continue;
+        if (u >= count) continue;
 #pragma unroll
-        for (int r = 0; r < N; r++) {
-          if (r == link_.rank || has_epoch(word[u][r])) continue;
+        for (int o = 0; o < N - 1; o++) {
+          if (has_epoch(word[u][o])) continue;
           there = false;
-          missing = r;
+          missing = other(o);
         }
       }
       if (!there && patience.over(missing, epoch_, 0)) good_ = false;
@@ -99,8 +109,11 @@ template <int N> class PacketChannel {
     for (int u = 0; u < U; u++)
 #pragma unroll
       for (int r = 0; r < N; r++) {
-        got[u][r].word[0] = static_cast<uint32_t>(word[u][r].low);
-        got[u][r].word[1] = static_cast<uint32_t>(word[u][r].high);
+        const Words& before = word[u][r < N - 1 ? r : 0];  // where r is a rank before this one
+        const Words& behind = word[u][r > 0 ? r - 1 : 0];  // ... behind it
+        const bool earlier = r < link_.rank;
+        got[u][r].word[0] = r == link_.rank ? own[u].word[0] : static_cast<uint32_t>(earlier ? before.low : behind.low);
+        got[u][r].word[1] = r == link_.rank ? own[u].word[1] : static_cast<uint32_t>(earlier ? before.high : behind.high);
       }
     return good_;
   }
@@ -112,21 +125,22 @@ template <int N> class PacketChannel {
   }
 
  private:
-  __device__ __forceinline__ Words* at(int rank, int source, int64_t index) const {
-    return reinterpret_cast<Words*>(link_.buffer[rank] + region_) + source * stride_ + index;
-  }
+  // The o-th of the other ranks.
+  __device__ __forceinline__ int other(int o) const { return o + (o >= link_.rank ? 1 : 0); }
   __device__ __forceinline__ bool has_epoch(const Words& word) const {
     return static_cast<uint32_t>(word.low >> 32) == epoch_ && static_cast<uint32_t>(word.high >> 32) == epoch_;
   }
-  __device__ __forceinline__ void put(int peer, int64_t index, uint32_t first, uint32_t second) const {
+  __device__ __forceinline__ void put(int peer, int index, uint32_t first, uint32_t second) const {
     const uint64_t flag = static_cast<uint64_t>(epoch_) << 32;
-    store_relaxed(at(peer, link_.rank, index), Words{flag | first, flag | second});
+    char* place = link_.buffer[peer] + room_ + link_.rank * source_bytes_;
+    store_relaxed(reinterpret_cast<Words*>(place) + index, Words{flag | first, flag | second});
   }
 
   const Link& link_;
-  const uint32_t epoch_;
-  const int64_t stride_;
-  uint64_t region_;
+  const uint32_t source_bytes_;
+  uint64_t room_;  // offset of this channel, then of the bank of this call, in every rank's buffer
+  const char* here_ = nullptr;  // that bank in this rank's own buffer
+  uint32_t epoch_ = 0;
   bool good_ = true, checked_ = false;
 };
 
@@ -142,34 +156,48 @@ struct PushArgs {
   Reduce how;
 };
 
-template <class T, int N> static __device__ __forceinline__ void push_parts(const PacketChannel<N>& channel, const PushArgs& args,
-                                                                             int rank, int64_t first, int64_t last) {
-  for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
-    const int64_t at = i * kPacketBytes;
-    Pack<2> data = load_pack<T, 2>(args.in + at, args.bytes - at, args.in_aligned);
+// Packet i of the part for rank `to`.
+template <class T> static __device__ __forceinline__ Pack<2> packet_of(const PushArgs& args, int to, int64_t i) {
+  const int64_t at = i * kPacketBytes;
+  return load_pack<T, 2>(args.in + to * args.in_stride + at, args.bytes - at, args.in_aligned);
+}
+
+// own: packet first + threadIdx.x of this rank's part.
+template <class T, int N>
+static __device__ __forceinline__ void push_parts(const PacketChannel<N>& channel, const PushArgs& args, int rank, int64_t first,
+                                                  int64_t last, const Pack<2>& own) {
+  const int64_t begin = first + threadIdx.x;
+  for (int64_t i = begin; i < last; i += blockDim.x) {
+    Pack<2> data = own;
+    if (i != begin && args.in_stride == 0) data = packet_of<T>(args, rank, i);
 #pragma unroll
     for (int step = 1; step < N; step++) {
       const int peer = after<N>(rank, step);
-      if (args.in_stride != 0) data = load_pack<T, 2>(args.in + peer * args.in_stride + at, args.bytes - at, args.in_aligned);
-      channel.send(peer, i - first, data);
+      if (args.in_stride != 0) data = packet_of<T>(args, peer, i);
+      channel.send(peer, static_cast<int>(i - first), data);
     }
   }
 }
 
-// all_reduce and reduce_scatter.
-template <class T, int N> __global__ void __launch_bounds__(512, 1) push_reduce(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Packets packets, DETINFER_PARAMETER PushArgs args) {
-  wait_for_previous_kernel();
+// all_reduce and reduce_scatter. Here and below the first packet is read before the channel, which has to read its counter.
+template <class T, int N>
+__global__ void __launch_bounds__(512, N <= 4 ? 2 : 1)
+    push_reduce(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Packets packets, DETINFER_PARAMETER PushArgs args) {
   const int64_t all = (args.bytes + kPacketBytes - 1) / kPacketBytes;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * args.per_channel;
   const int64_t last = first + args.per_channel < all ? first + args.per_channel : all;
   PacketChannel<N> channel(link, packets);
-  push_parts<T, N>(channel, args, link.rank, first, last);
+  wait_for_previous_kernel();
+  Pack<2> own = {};
+  if (first + threadIdx.x < last) own = packet_of<T>(args, link.rank, first + threadIdx.x);
+  channel.open();
+  push_parts<T, N>(channel, args, link.rank, first, last, own);
   for (int64_t base = first; base < last; base += blockDim.x) {
     const int64_t i = base + threadIdx.x, at = i * kPacketBytes;
     const bool active = i < last;
-    Pack<2> own = {}, got[1][N];
-    if (active) own = load_pack<T, 2>(args.in + link.rank * args.in_stride + at, args.bytes - at, args.in_aligned);
-    const bool good = channel.template receive<1>(i - first, 0, last - first, got);
+    if (base != first && active) own = packet_of<T>(args, link.rank, i);
+    Pack<2> got[1][N];
+    const bool good = channel.template receive<1>(static_cast<int>(i - first), active ? 1 : 0, {own}, got);
     if (!active) continue;
 #if DETINFER_MUTANT == 6  // every rank starts at itself
     const int turn = link.rank;
@@ -178,30 +206,58 @@ template <class T, int N> __global__ void __launch_bounds__(512, 1) push_reduce(
 #endif
     const Pack<2> sum = reduce_pack<T, N, 2>(args.how, [&](int r) {
       if (turn != 0) r = after<N>(r, turn);
-      return r == link.rank ? own : got[0][r];
+      return got[0][r];
     });
     store_pack<T, 2>(args.out + at, good ? sum : poison<2>(), args.bytes - at, args.out_aligned);
   }
   channel.close();
 }
 
-template <int N> __global__ void __launch_bounds__(512, 1) push_gather(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Packets packets, DETINFER_PARAMETER PushArgs args) {
+// The same of an all_reduce of sums in rank_order, of whole and aligned packets, one a thread: what a small model's step
+// calls, without the code for all else, which takes longer to fetch than to run.
+template <class T, int N>
+__global__ void __launch_bounds__(512, N <= 4 ? 2 : 1)
+    push_sum(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Packets packets, DETINFER_PARAMETER PushArgs args) {
+  const int packet = static_cast<int>(threadIdx.x);
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * args.per_channel + packet) * kPacketBytes;
+  const bool active = packet < args.per_channel && at < args.bytes;
+  PacketChannel<N> channel(link, packets);
   wait_for_previous_kernel();
+  Pack<2> own = {};
+  if (active) own = *reinterpret_cast<const Pack<2>*>(args.in + at);
+  channel.open();
+#pragma unroll
+  for (int step = 1; step < N; step++)
+    if (active) channel.send(after<N>(link.rank, step), packet, own);
+  Pack<2> got[1][N];
+  const bool good = channel.template receive<1>(packet, active ? 1 : 0, {own}, got);
+  if (active)
+    *reinterpret_cast<Pack<2>*>(args.out + at) = good ? sum_pack<T, N, 2>([&](int r) { return got[0][r]; }) : poison<2>();
+  channel.close();
+}
+
+template <int N>
+__global__ void __launch_bounds__(512, N <= 4 ? 2 : 1)
+    push_gather(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Packets packets, DETINFER_PARAMETER PushArgs args) {
   const int64_t all = (args.bytes + kPacketBytes - 1) / kPacketBytes;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * args.per_channel;
   const int64_t last = first + args.per_channel < all ? first + args.per_channel : all;
   PacketChannel<N> channel(link, packets);
-  push_parts<Bytes, N>(channel, args, link.rank, first, last);
+  wait_for_previous_kernel();
+  Pack<2> own = {};
+  if (first + threadIdx.x < last) own = packet_of<Bytes>(args, link.rank, first + threadIdx.x);
+  channel.open();
+  push_parts<Bytes, N>(channel, args, link.rank, first, last, own);
   for (int64_t base = first; base < last; base += blockDim.x) {
     const int64_t i = base + threadIdx.x, at = i * kPacketBytes;
     const bool active = i < last;
-    Pack<2> own = {}, got[1][N];
-    if (active) own = load_pack<Bytes, 2>(args.in + at, args.bytes - at, args.in_aligned);
-    const bool good = channel.template receive<1>(i - first, 0, last - first, got);
+    if (base != first && active) own = packet_of<Bytes>(args, link.rank, i);
+    Pack<2> got[1][N];
+    const bool good = channel.template receive<1>(static_cast<int>(i - first), active ? 1 : 0, {own}, got);
     if (!active) continue;
 #pragma unroll
     for (int r = 0; r < N; r++)
-      store_gathered<N, 2>(args.out, !good ? poison<2>() : r == link.rank ? own : got[0][r], at, r, args.inner, args.bytes,
+      store_gathered<N, 2>(args.out, good ? got[0][r] : poison<2>(), at, r, args.inner, args.bytes,
                            args.out_aligned);
   }
   channel.close();

@@ -1,10 +1,11 @@
 // Tiles: larger pieces of data in rings of slots, each slot with a flag that is released after its data.
 //
 // A block owns a channel. Tile number s of a channel goes into slot s mod 8 of its ring; its flag holds s and the hash
-// of the call. In its turn k a block signals tile k - 1, stores tile k, and takes in tile k - 2: what was stored in a turn
-// is on its way while the block adds, so the release that follows finds it arrived. A block takes in everything before
-// its call ends. That order is the only flow control there is: docs/concepts/memory_ordering.md shows that six slots
-// would do.
+// of the call. The block's last two warps wait for others, so that nobody else does: one tells the peers what has been
+// stored (a release takes as long as what it follows takes to arrive), one watches for what they tell. In its turn k each
+// other warp, a worker, stores its share of tile k, then takes in its share of tile k - 2; it takes in everything before
+// its call ends. That order is the only flow control there is: docs/concepts/memory_ordering.md shows that six slots would
+// do.
 #pragma once
 
 #include "link.h"
@@ -24,6 +25,7 @@ template <int N> class TileChannel {
  public:
   __device__ TileChannel(const Link& link, const Ring& ring) : link_(link), ring_(ring) {}
 
+  __device__ __forceinline__ uint32_t* counter() const { return link_.counters + blockIdx.x; }
   // Source's part of a slot of `rank`'s ring.
   __device__ __forceinline__ char* slot(int rank, uint32_t sequence, int source) const {
 #if DETINFER_MUTANT == 4  // one slot: nothing keeps a sender from overwriting what is being read
@@ -34,15 +36,15 @@ template <int N> class TileChannel {
     return link_.buffer[rank] + ring_.slots + ((blockIdx.x * kDepth + turn) * N + source) * ring_.slot_bytes;
   }
 
-  // After a barrier that follows the block's stores of tile `sequence`.
-  __device__ __forceinline__ void signal(uint32_t sequence) const {
-    const int t = static_cast<int>(threadIdx.x);
+  // One warp, which has seen that the workers have stored tile `sequence`.
+  __device__ __forceinline__ void tell(uint32_t sequence) const {
+    const int t = static_cast<int>(threadIdx.x) % 32;
     if (t < N && t != link_.rank) store_release(flag(t, sequence, link_.rank), value(sequence));
   }
 
-  // All threads of the block: until every other rank has signalled tile `sequence`. False: that failed.
-  __device__ __forceinline__ bool wait(uint32_t sequence) const {
-    const int t = static_cast<int>(threadIdx.x);
+  // One warp: until every other rank has told tile `sequence`. False: that failed.
+  __device__ __forceinline__ bool watch(uint32_t sequence) const {
+    const int t = static_cast<int>(threadIdx.x) % 32;
     bool good = true;
     if (t < N && t != link_.rank) {
       const uint64_t* at = flag(link_.rank, sequence, t);
@@ -55,9 +57,7 @@ template <int N> class TileChannel {
         good = false;
       }
     }
-    good = __syncthreads_and(good) != 0;
-    acquire_for_all();
-    return good;
+    return every_lane(good);
   }
 
  private:
@@ -70,6 +70,46 @@ template <int N> class TileChannel {
   }
   const Link& link_;
   const Ring& ring_;
+};
+
+// What the warps of a block tell each other, in shared memory.
+class Desk {
+ public:
+  static constexpr int kHelpers = 64;  // threads that are no workers: the last of the block
+  static __device__ __forceinline__ int workers() { return static_cast<int>(blockDim.x) - kHelpers; }
+  static __device__ __forceinline__ bool tells() { return static_cast<int>(threadIdx.x) / 32 == workers() / 32; }
+  static __device__ __forceinline__ bool watches() { return static_cast<int>(threadIdx.x) / 32 > workers() / 32; }
+
+  // All threads of the block, before anything else.
+  __device__ __forceinline__ void clear() {
+    if (threadIdx.x == 0) stored_ = seen_ = failed_ = met_ = 0;
+    __syncthreads();
+  }
+  // A worker warp has stored its share of one more tile, the next of all rings.
+  __device__ __forceinline__ void stored() { add(&stored_); }
+  // The teller: until the workers have stored `tiles`. False: something failed.
+  __device__ __forceinline__ bool all_stored(uint32_t tiles) const {
+    const uint32_t most = tiles * static_cast<uint32_t>(workers() / 32);
+    while (static_cast<int32_t>(peek(&stored_) - most) < 0)
+      if (peek(&failed_) != 0) return false;
+    fence_block();
+    return true;
+  }
+  // The watcher: the next tile of all rings is here, or none will be.
+  __device__ __forceinline__ void seen(bool good) { add(good ? &seen_ : &failed_); }
+  // A worker: until `tiles` are here. False: they will not be.
+  __device__ __forceinline__ bool all_seen(uint32_t tiles) const {
+    bool good = true;
+    while (good && static_cast<int32_t>(peek(&seen_) - tiles) < 0) good = peek(&failed_) == 0;
+    fence_block();
+    acquire_for_all();
+    return every_lane(good);
+  }
+  // A barrier of the workers; turn: 0, 1, 2, ...
+  __device__ __forceinline__ void sync_workers(uint32_t turn) { sync_first_warps(workers() / 32, &met_, turn); }
+
+ private:
+  uint32_t stored_, seen_, failed_, met_;
 };
 
 struct TileArgs {
@@ -87,7 +127,7 @@ static __device__ __forceinline__ int64_t tiles_of(int64_t all, int64_t block, i
   return all > block ? (all - block + blocks - 1) / blocks : 0;
 }
 
-static constexpr int kTileThreads = 512;
+static constexpr int kTileThreads = 512;  // workers of a block at most
 static constexpr int64_t kPackBytes = 16;
 
 // `length` bytes at `in` into this rank's part of a slot: of every peer's ring, or (pull) of its own.
@@ -95,7 +135,7 @@ template <class T, int N, bool kPull>
 static __device__ __forceinline__ void send_tile(const TileChannel<N>& channel, const char* in, int64_t length, bool aligned,
                                                  int rank, uint32_t sequence) {
   constexpr int U = 4;  // loads of a thread at a time
-  const int64_t step = blockDim.x * kPackBytes;
+  const int64_t step = Desk::workers() * kPackBytes;
   int64_t at = threadIdx.x * kPackBytes;
   if (aligned)
     for (; at + (U - 1) * step + kPackBytes <= length; at += U * step) {
@@ -117,11 +157,11 @@ static __device__ __forceinline__ void send_tile(const TileChannel<N>& channel, 
   }
 }
 
-// `length` bytes from `in` to `to`, by all threads of the block.
+// `length` bytes from `in` to `to`, by all workers of the block.
 template <class T>
 static __device__ __forceinline__ void copy_tile(char* to, const char* in, int64_t length, bool to_aligned, bool in_aligned) {
   constexpr int U = 4;  // loads of a thread at a time
-  const int64_t step = blockDim.x * kPackBytes;
+  const int64_t step = Desk::workers() * kPackBytes;
   int64_t at = threadIdx.x * kPackBytes;
   if (to_aligned && in_aligned)
     for (; at + (U - 1) * step + kPackBytes <= length; at += U * step) {
@@ -141,7 +181,7 @@ template <class T, int N, class From, class Take>
 static __device__ __forceinline__ void reduce_tile(const char* in, int64_t length, bool aligned, Reduce how, int rank, bool good,
                                                    const From& from, const Take& take) {
   constexpr int U = N == 2 ? 2 : 1;
-  const int64_t step = blockDim.x * kPackBytes;
+  const int64_t step = Desk::workers() * kPackBytes;
   int64_t at = threadIdx.x * kPackBytes;
   if (aligned && good)
     for (; at + (U - 1) * step + kPackBytes <= length; at += U * step) {
@@ -164,31 +204,40 @@ static __device__ __forceinline__ void reduce_tile(const char* in, int64_t lengt
   }
 }
 
-// The turns of a block with `mine` tiles: store(k), signal(k) a turn later, take(k, good) a turn after that. The barrier
-// in wait() of a turn follows the stores of that turn, so it serves the signal of the next; the first two have their own.
+// A block's part in the exchange of `mine` tiles, the first of which is number `first`: for workers store(k, sequence) and
+// two turns later take(k, sequence, good).
 template <int N, class Store, class Take>
-static __device__ __forceinline__ void exchange_tiles(const TileChannel<N>& channel, uint32_t first, int64_t mine,
+static __device__ __forceinline__ void exchange_tiles(const TileChannel<N>& channel, Desk& desk, uint32_t first, int64_t mine,
                                                       const Store& store, const Take& take) {
-  bool good = true;
-  for (int64_t k = 0; k < mine + 2; k++) {
-    const uint32_t sequence = first + static_cast<uint32_t>(k);
-    if (k >= 1 && k <= mine && good) {  // a rank that failed lets its peers run out of time too
-      if (k < 3) __syncthreads();
-      channel.signal(sequence - 1);
-    }
-    if (k < mine) store(k, sequence);
-    if (k >= 2) {
-      if (good) good = channel.wait(sequence - 2);
-      take(k - 2, sequence - 2, good);
+  const uint32_t tiles = static_cast<uint32_t>(mine);
+  if (Desk::watches()) {
+    bool good = true;
+    for (uint32_t k = 0; k < tiles && good; k++) desk.seen(good = channel.watch(first + k));
+  } else if (Desk::tells()) {  // a rank that failed lets its peers run out of time too
+    for (uint32_t k = 0; k < tiles && desk.all_stored(k + 1); k++) channel.tell(first + k);
+  } else {
+    bool good = true;
+    for (uint32_t k = 0; k < tiles + 2; k++) {
+      if (k < tiles) {
+        store(static_cast<int64_t>(k), first + k);
+        desk.stored();
+      }
+      if (k < 2) continue;
+      good = good && desk.all_seen(k - 1);
+      take(static_cast<int64_t>(k - 2), first + k - 2, good);
     }
   }
+  __syncthreads();
+  if (threadIdx.x == 0) *channel.counter() = first + tiles - 1;
 }
 
 // One exchange of whole tiles: paths `push_tiles` (a rank writes its tile into every peer's ring) and `pull` (into its
 // own ring, where the peers read it).
 template <class T, int N, bool kPull>
-__global__ void __launch_bounds__(kTileThreads, N <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads + Desk::kHelpers, N <= 4 ? 2 : 1)
     one_shot_reduce(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Ring ring, DETINFER_PARAMETER TileArgs args) {
+  __shared__ Desk desk;
+  desk.clear();
   wait_for_previous_kernel();
   const TileChannel<N> channel(link, ring);
   const uint32_t first = link.counters[blockIdx.x] + 1;
@@ -198,7 +247,7 @@ __global__ void __launch_bounds__(kTileThreads, N <= 4 ? 2 : 1)
     return args.bytes - begin < args.tile_bytes ? args.bytes - begin : args.tile_bytes;
   };
   exchange_tiles<N>(
-      channel, first, mine,
+      channel, desk, first, mine,
       [&](int64_t k, uint32_t sequence) {
         const int64_t begin = begin_of(k);
         send_tile<T, N, kPull>(channel, args.in + begin, length_of(begin), args.in_aligned, link.rank, sequence);
@@ -212,30 +261,37 @@ __global__ void __launch_bounds__(kTileThreads, N <= 4 ? 2 : 1)
               store_pack<T, 4>(args.out + begin + at, pack, length - at, args.out_aligned);
             });
       });
-  __syncthreads();
-  if (threadIdx.x == 0) link.counters[blockIdx.x] = first + static_cast<uint32_t>(mine) - 1;
 }
 
 template <int N>
-__global__ void __launch_bounds__(kTileThreads, N <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads + Desk::kHelpers, N <= 4 ? 2 : 1)
     tile_gather(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Ring ring, DETINFER_PARAMETER TileArgs args) {
+  __shared__ Desk desk;
+  desk.clear();
   wait_for_previous_kernel();
   const TileChannel<N> channel(link, ring);
   const uint32_t first = link.counters[blockIdx.x] + 1;
   const int64_t mine = tiles_of((args.bytes + args.tile_bytes - 1) / args.tile_bytes, blockIdx.x, gridDim.x);
-  const int64_t step = blockDim.x * kPackBytes;
+  const int64_t step = Desk::workers() * kPackBytes;
   const auto begin_of = [&](int64_t k) { return (blockIdx.x + k * gridDim.x) * args.tile_bytes; };
   const auto length_of = [&](int64_t begin) {
     return args.bytes - begin < args.tile_bytes ? args.bytes - begin : args.tile_bytes;
   };
   exchange_tiles<N>(
-      channel, first, mine,
+      channel, desk, first, mine,
       [&](int64_t k, uint32_t sequence) {
         const int64_t begin = begin_of(k);
         send_tile<Bytes, N, false>(channel, args.in + begin, length_of(begin), args.in_aligned, link.rank, sequence);
       },
       [&](int64_t k, uint32_t sequence, bool good) {
         const int64_t begin = begin_of(k), length = length_of(begin);
+        if (good && args.inner == args.bytes) {  // every rank's part lies in one piece
+#pragma unroll
+          for (int r = 0; r < N; r++)
+            copy_tile<Bytes>(args.out + r * args.bytes + begin, r == link.rank ? args.in + begin : channel.slot(link.rank, sequence, r),
+                             length, args.out_aligned, r != link.rank || args.in_aligned);
+          return;
+        }
         for (int64_t at = threadIdx.x * kPackBytes; at < length; at += step) {
 #pragma unroll
           for (int r = 0; r < N; r++) {
@@ -246,8 +302,6 @@ __global__ void __launch_bounds__(kTileThreads, N <= 4 ? 2 : 1)
           }
         }
       });
-  __syncthreads();
-  if (threadIdx.x == 0) link.counters[blockIdx.x] = first + static_cast<uint32_t>(mine) - 1;
 }
 
 }  // namespace gpu

@@ -1,8 +1,8 @@
 // Path `two_shot` and reduce_scatter: a tile has a part for every rank. Each rank sends every part to its owner; the
 // owner adds ranks 0, 1, ..., N-1, whoever it is, and for all_reduce sends the result to everybody.
 //
-// Two rings. In its turn k a block signals the parts of tile k - 1 and the sums of tile k - 3, stores the parts of tile k,
-// reduces its own part of tile k - 2, and takes in the sums of tile k - 4.
+// Two rings. In its turn k a worker stores its share of the parts of tile k, reduces that of this rank's part of tile k - 2
+// and stores the sums, and takes in the sums of tile k - 4.
 #pragma once
 
 #include "tiles.h"
@@ -44,66 +44,91 @@ template <int N, bool kScatter> class Parts {
 };
 
 template <class T, int N, bool kScatter>
-__global__ void __launch_bounds__(kTileThreads, N <= 4 ? 2 : 1) two_shot_reduce(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Ring parts_ring, DETINFER_PARAMETER Ring sums_ring, DETINFER_PARAMETER PartArgs args) {
+__global__ void __launch_bounds__(kTileThreads + Desk::kHelpers, N <= 4 ? 2 : 1)
+    two_shot_reduce(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Ring parts_ring, DETINFER_PARAMETER Ring sums_ring,
+                    DETINFER_PARAMETER PartArgs args) {
+  __shared__ Desk desk;
+  desk.clear();
   wait_for_previous_kernel();
   const Parts<N, kScatter> parts(args);
   const TileChannel<N> to_owner(link, parts_ring), from_owner(link, sums_ring);
   const uint32_t first = link.counters[blockIdx.x] + 1;
   const uint32_t first_sum = kScatter ? 0 : args.gather_counters[blockIdx.x] + 1;
   const int64_t mine = tiles_of(parts.tiles(), blockIdx.x, gridDim.x);
-  bool good = true;
-  for (int64_t k = 0; k < mine + (kScatter ? 2 : 4); k++) {
-    const uint32_t now = static_cast<uint32_t>(k);
-    const bool parts_due = k >= 1 && k <= mine, sums_due = !kScatter && k >= 3 && k < mine + 3;
-    if (good && (parts_due || sums_due)) {  // a rank that failed lets its peers run out of time too
-      if (kScatter ? k < 3 : k < 5) __syncthreads();  // else a wait of the last turn was after the stores
-      if (parts_due) to_owner.signal(first + now - 1);
-      if (sums_due) from_owner.signal(first_sum + now - 3);
+  const uint32_t tiles = static_cast<uint32_t>(mine);
+  // What is told and seen, in this order: the parts of tile k, then, if there are sums, those of tile k - 2.
+  if (Desk::watches()) {
+    bool good = true;
+    for (uint32_t k = 0; k < tiles + (kScatter ? 0 : 2) && good; k++) {
+      if (k < tiles) desk.seen(good = to_owner.watch(first + k));
+      if (!kScatter && k >= 2 && good) desk.seen(good = from_owner.watch(first_sum + k - 2));
     }
-    if (k < mine) {
-      const int64_t tile = blockIdx.x + k * gridDim.x;
-#pragma unroll
-      for (int hop = 1; hop < N; hop++) {
-        const int owner = after<N>(link.rank, hop);
-        const int64_t begin = parts.begin(tile, owner), length = parts.length(begin);
-        char* slot = to_owner.slot(owner, first + now, link.rank);
-        copy_tile<T>(slot, parts.input(begin, owner), length, true, args.in_aligned);
+  } else if (Desk::tells()) {  // a rank that failed lets its peers run out of time too
+    uint32_t stored = 0;
+    for (uint32_t k = 0; k < tiles + (kScatter ? 0 : 2); k++) {
+      if (k < tiles) {
+        if (!desk.all_stored(++stored)) break;
+        to_owner.tell(first + k);
+      }
+      if (!kScatter && k >= 2) {
+        if (!desk.all_stored(++stored)) break;
+        from_owner.tell(first_sum + k - 2);
       }
     }
-    if (k >= 2 && k < mine + 2) {
-      const int64_t begin = parts.begin(blockIdx.x + (k - 2) * gridDim.x, link.rank), length = parts.length(begin);
-      if (good) good = to_owner.wait(first + now - 2);
-      reduce_tile<T, N>(
-          parts.input(begin, link.rank), length, args.in_aligned, args.how, link.rank, good,
-          [&](int r) { return to_owner.slot(link.rank, first + now - 2, r); },
-          [&](int64_t at, const Pack<4>& pack) {
-            store_pack<T, 4>(args.out + begin + at, pack, length - at, args.out_aligned);
-            if constexpr (!kScatter) {
+  } else {
+    bool good = true;
+    uint32_t seen = 0;
+    for (uint32_t k = 0; k < tiles + (kScatter ? 2 : 4); k++) {
+      if (k < tiles) {
+        const int64_t tile = blockIdx.x + static_cast<int64_t>(k) * gridDim.x;
 #pragma unroll
-              for (int hop = 1; hop < N; hop++)
-                *reinterpret_cast<Pack<4>*>(from_owner.slot(after<N>(link.rank, hop), first_sum + now - 2, link.rank) + at) =
-                    pack;
-            }
-          });
-    }
-    if (!kScatter && k >= 4) {
-      if (good) good = from_owner.wait(first_sum + now - 4);
+        for (int hop = 1; hop < N; hop++) {
+          const int owner = after<N>(link.rank, hop);
+          const int64_t begin = parts.begin(tile, owner), length = parts.length(begin);
+          char* slot = to_owner.slot(owner, first + k, link.rank);
+          copy_tile<T>(slot, parts.input(begin, owner), length, true, args.in_aligned);
+        }
+        desk.stored();
+      }
+      if (k >= 2 && k < tiles + 2) {
+        const uint32_t now = k - 2;
+        const int64_t begin = parts.begin(blockIdx.x + static_cast<int64_t>(now) * gridDim.x, link.rank);
+        const int64_t length = parts.length(begin);
+        good = good && desk.all_seen(++seen);
+        reduce_tile<T, N>(
+            parts.input(begin, link.rank), length, args.in_aligned, args.how, link.rank, good,
+            [&](int r) { return to_owner.slot(link.rank, first + now, r); },
+            [&](int64_t at, const Pack<4>& pack) {
+              store_pack<T, 4>(args.out + begin + at, pack, length - at, args.out_aligned);
+              if constexpr (!kScatter) {
 #pragma unroll
-      for (int hop = 1; hop < N; hop++) {
-        const int owner = after<N>(link.rank, hop);
-        const int64_t begin = parts.begin(blockIdx.x + (k - 4) * gridDim.x, owner), length = parts.length(begin);
-        const char* slot = from_owner.slot(link.rank, first_sum + now - 4, owner);
-        if (good) copy_tile<T>(args.out + begin, slot, length, args.out_aligned, true);
-        else
-          for (int64_t at = threadIdx.x * kPackBytes; at < length; at += blockDim.x * kPackBytes)
-            store_pack<T, 4>(args.out + begin + at, poison<4>(), length - at, args.out_aligned);
+                for (int hop = 1; hop < N; hop++)
+                  *reinterpret_cast<Pack<4>*>(from_owner.slot(after<N>(link.rank, hop), first_sum + now, link.rank) + at) = pack;
+              }
+            });
+        if constexpr (!kScatter) desk.stored();
+      }
+      if (!kScatter && k >= 4) {
+        const uint32_t now = k - 4;
+        good = good && desk.all_seen(++seen);
+#pragma unroll
+        for (int hop = 1; hop < N; hop++) {
+          const int owner = after<N>(link.rank, hop);
+          const int64_t begin = parts.begin(blockIdx.x + static_cast<int64_t>(now) * gridDim.x, owner);
+          const int64_t length = parts.length(begin);
+          const char* slot = from_owner.slot(link.rank, first_sum + now, owner);
+          if (good) copy_tile<T>(args.out + begin, slot, length, args.out_aligned, true);
+          else
+            for (int64_t at = threadIdx.x * kPackBytes; at < length; at += Desk::workers() * kPackBytes)
+              store_pack<T, 4>(args.out + begin + at, poison<4>(), length - at, args.out_aligned);
+        }
       }
     }
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    link.counters[blockIdx.x] = first + static_cast<uint32_t>(mine) - 1;
-    if (!kScatter) args.gather_counters[blockIdx.x] = first_sum + static_cast<uint32_t>(mine) - 1;
+    *to_owner.counter() = first + tiles - 1;
+    if (!kScatter) args.gather_counters[blockIdx.x] = first_sum + tiles - 1;
   }
 }
 

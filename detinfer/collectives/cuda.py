@@ -29,6 +29,12 @@ from detinfer.reference.rows import ResidualMode, WeightMode
 MOST_RANKS = 8
 is_compiling = torch.compiler.is_compiling
 
+MOST_PLANS = 4096
+"""Kinds of calls that a communicator remembers."""
+
+_Plan = tuple[gpu.Call, Any]
+"""A call, all but its addresses, and the pointer to it."""
+
 
 class CudaCommunicator:
     """One rank's side of a group of GPUs. Every collective is called by all ranks, in one order, with one set of arguments.
@@ -54,8 +60,10 @@ class CudaCommunicator:
         self.key = torch_ops.register(self)
         self._lock = threading.Lock()
         self._index = device.index
-        self._calls: dict[tuple[object, ...], tuple[gpu.Call, Any]] = {}
-        self._launch = gpu.library().detinfer_gpu_call
+        self._plans: dict[tuple[object, ...], _Plan] = {}
+        self._launch = gpu.launcher()
+        self._stream = gpu.current_stream
+        self._handle = ctypes.c_void_p(comm)
         self.push_room: tuple[int, int] = config.push_channels, config.push_bytes
 
     def all_reduce(
@@ -75,13 +83,20 @@ class CudaCommunicator:
         """
         if is_compiling():
             return torch_ops.into(out, torch.ops.detinfer.all_reduce(tensor, self.key, op, order, path or ""))
+        key = ("all_reduce", tensor.dtype, tensor.numel(), op, order, path)
+        plan = self._plans.get(key) or self._keep(
+            key, "all_reduce", tensor.dtype, path, tensor.nbytes, op, order, tensor.numel()
+        )
         if tensor.get_device() != self._index:
             self._here("all_reduce", tensor)
         given = tensor if tensor.is_contiguous() else tensor.contiguous()
-        written = torch.empty_like(given) if out is None else self._result("all_reduce", tensor, out)
-        if path is None:
-            path = self.paths.of("all_reduce", given.nbytes)
-        self._run("all_reduce", path, given, written, given.numel(), given.dtype, op, order)
+        if out is None:
+            written = torch.empty_like(given)
+        elif out is tensor and out is given:
+            written = out
+        else:
+            written = self._result("all_reduce", given, out)
+        self._run(plan, given.data_ptr(), written.data_ptr())
         if out is not None and written is not out:
             out.copy_(written)
         return written if out is None else out
@@ -113,7 +128,9 @@ class CudaCommunicator:
             raise UsageError(f"{where}: out is {written.dtype} on {written.device}, the tensor {tensor.dtype}")
         count = written.numel()
         nbytes = count * given.element_size()
-        self._run(where, path or self.paths.of(where, nbytes), given, written, count, given.dtype, op, order)
+        key = (where, given.dtype, count, op, order, path)
+        plan = self._plans.get(key) or self._keep(key, where, given.dtype, path, nbytes, op, order, count)
+        self._run(plan, given.data_ptr(), written.data_ptr())
         if direct:
             return written
         result = written.movedim(0, dim)
@@ -141,7 +158,9 @@ class CudaCommunicator:
         inner = nbytes
         for size in given.shape[:dim]:
             inner = inner // size if size else 0
-        self._run(where, path or self.paths.of(where, nbytes), given, out, nbytes, None, "sum", "rank_order", inner)
+        key = (where, nbytes, inner, path)
+        plan = self._plans.get(key) or self._keep(key, where, None, path, nbytes, "sum", "rank_order", nbytes, inner)
+        self._run(plan, given.data_ptr(), out.data_ptr())
         return out
 
     def all_reduce_rms_norm(
@@ -164,13 +183,117 @@ class CudaCommunicator:
         ``residual_out`` may be ``residual``, ``out`` may be ``x``. Path push is one kernel; any other path of
         ``all_reduce`` is followed by a kernel for the norm.
         """
-        where = "all_reduce_rms_norm"
         if is_compiling():
             norm, total = torch.ops.detinfer.all_reduce_rms_norm(
                 x, residual, weight, self.key, eps, mode, weight_mode, order, path or ""
             )
             return torch_ops.into(out, norm), torch_ops.into(residual_out, total)
-        self._here(where, x, residual, weight, residual_out)
+        shape, dtype = x.shape, x.dtype
+        width = None if weight is None else (weight.numel(), weight.dtype)
+        key = (shape, dtype, residual.shape, residual.dtype, width, eps, mode, weight_mode, order, path)
+        plan = self._plans.get(key) or self._plan_rows(key, x, residual, weight, eps, mode, weight_mode, order, path)
+        index = self._index
+        if (
+            x.get_device() != index
+            or residual.get_device() != index
+            or (weight is not None and weight.get_device() != index)
+        ):
+            self._here("all_reduce_rms_norm", x, residual, weight)
+        given, added = _aligned(x), _aligned(residual)
+        factor = None if weight is None else _aligned(weight)
+        if out is None:
+            norm = torch.empty_like(given)
+        else:
+            norm = out if out is given else self._result("all_reduce_rms_norm", given, out, 16)
+        if residual_out is None:
+            total = torch.empty_like(given)
+        else:
+            total = (
+                residual_out if residual_out is added else self._result("all_reduce_rms_norm", added, residual_out, 16)
+            )
+        rows = (added.data_ptr(), total.data_ptr(), None if factor is None else factor.data_ptr())
+        self._run(plan, given.data_ptr(), norm.data_ptr(), rows)
+        if out is not None and norm is not out:
+            norm = out.copy_(norm)
+        if residual_out is not None and total is not residual_out:
+            total = residual_out.copy_(total)
+        return norm, total
+
+    def _here(self, where: str, *tensors: torch.Tensor | None) -> None:
+        for tensor in tensors:
+            if tensor is not None and tensor.device != self.device:
+                raise UsageError(
+                    f"{where}: a tensor is on {tensor.device}; the communicator of rank {self.rank} on {self.device}"
+                )
+
+    def _result(self, where: str, given: torch.Tensor, out: torch.Tensor, alignment: int = 1) -> torch.Tensor:
+        """``out``, or where a kernel cannot write it a new tensor; ``given`` is contiguous."""
+        if out.dtype != given.dtype or out.get_device() != self._index or out.shape != given.shape:
+            raise UsageError(
+                f"{where}: out is {out.dtype} {list(out.shape)} on {out.device}; it has to be {given.dtype} "
+                f"{list(given.shape)} on {self.device}"
+            )
+        at = out.data_ptr()
+        if not out.is_contiguous() or at % alignment or 0 < abs(given.data_ptr() - at) < given.nbytes:
+            return torch.empty_like(given)
+        return out
+
+    def _run(self, plan: _Plan, given: int, out: int, rows: tuple[int, int, int | None] | None = None) -> None:
+        call, pointer = plan
+        with self._lock:
+            if not self._comm:
+                raise UsageError(f"the communicator of rank {self.rank} is closed; connect again")
+            call.in_, call.out, call.stream = given, out, self._stream(self._index)
+            if rows is not None:
+                call.residual, call.residual_out, call.weight = rows
+            if self._launch(self._handle, pointer) != 0:
+                self._raise_fault()
+                gpu.check(1)
+
+    def _keep(self, key: tuple[object, ...], *arguments: Any) -> _Plan:
+        plan = self._plans[key] = self._plan(*arguments)
+        return plan
+
+    def _plan(
+        self,
+        where: str,
+        dtype: torch.dtype | None,
+        path: str | None,
+        nbytes: int,
+        op: str,
+        order: str,
+        count: int,
+        inner: int = 0,
+    ) -> _Plan:
+        """A call, all but its addresses: checked and made once, then kept."""
+        path = path or self.paths.of(where, nbytes)
+        if op not in OPS or order not in ORDERS:
+            raise UsageError(
+                f"{where}: op {op!r} is one of {', '.join(OPS)}, order {order!r} one of {', '.join(ORDERS)}"
+            )
+        name, blocks, tile_bytes = cut(where, path)
+        call = gpu.Call(collective=gpu.COLLECTIVES[where], path=gpu.PATHS[name], op=OPS[op], order=ORDERS[order])
+        call.blocks, call.tile_bytes = blocks, tile_bytes
+        call.dtype = 0 if dtype is None else native.dtype_code(dtype, where)
+        call.count, call.inner = count, inner
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        return call, ctypes.byref(call)
+
+    def _plan_rows(
+        self,
+        key: tuple[object, ...],
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        mode: str,
+        weight_mode: str,
+        order: str,
+        path: str | None,
+    ) -> _Plan:
+        where = "all_reduce_rms_norm"
+        self._here(where, x, residual, weight)
         if mode not in MODES or weight_mode not in WEIGHT_MODES:
             raise UsageError(
                 f"{where}: mode {mode!r} is R or U, weight_mode {weight_mode!r} one of {list(WEIGHT_MODES)}"
@@ -186,92 +309,20 @@ class CudaCommunicator:
             raise UsageError(
                 f"{where}: weight is {weight.dtype} of {weight.numel()} elements; it has to be {x.dtype} or float32 of {n}"
             )
-        given, added = _aligned(x), _aligned(residual)
-        factor = None if weight is None else _aligned(weight)
-        norm, total = self._result(where, x, out, 16), self._result(where, x, residual_out, 16)
-        if path is None:
-            path = self.paths.of(where, given.nbytes)
-            rows = -(-(given.numel() // n) // self.push_room[0])
-            if path == "push" and rows * n * given.element_size() > self.push_room[1]:
-                path = "push_tiles"
-        options = (MODES[mode], WEIGHT_MODES[weight_mode], float(eps), None if factor is None else factor.dtype)
-        self._run(where, path, given, norm, given.numel(), x.dtype, "sum", order, n, options, (added, total, factor))
-        if out is not None and norm is not out:
-            norm = out.copy_(norm)
-        if residual_out is not None and total is not residual_out:
-            total = residual_out.copy_(total)
-        return norm, total
-
-    def _here(self, where: str, *tensors: torch.Tensor | None) -> None:
-        for tensor in tensors:
-            if tensor is not None and tensor.device != self.device:
-                raise UsageError(
-                    f"{where}: a tensor is on {tensor.device}; the communicator of rank {self.rank} on {self.device}"
-                )
-
-    def _result(self, where: str, tensor: torch.Tensor, out: torch.Tensor | None, alignment: int = 1) -> torch.Tensor:
-        if out is None:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        if out.shape != tensor.shape or out.dtype != tensor.dtype or out.device != tensor.device:
-            raise UsageError(
-                f"{where}: out is {out.dtype} {list(out.shape)} on {out.device}; it has to be like the tensor"
-            )
-        apart = abs(tensor.data_ptr() - out.data_ptr())
-        if not out.is_contiguous() or out.data_ptr() % alignment or 0 < apart < tensor.numel() * tensor.element_size():
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        return out
-
-    def _run(
-        self,
-        where: str,
-        path: str,
-        given: torch.Tensor,
-        out: torch.Tensor,
-        count: int,
-        dtype: torch.dtype | None,
-        op: str,
-        order: str,
-        inner: int = 0,
-        options: tuple[int, int, float, torch.dtype | None] | None = None,
-        more: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
-    ) -> None:
+        plan = self._plan(where, x.dtype, path, x.nbytes, "sum", order, x.numel(), n)
+        call = plan[0]
+        call.residual_mode, call.weight_mode, call.eps = MODES[mode], WEIGHT_MODES[weight_mode], float(eps)
+        call.weight_dtype = -1 if weight is None else native.DTYPES[weight.dtype]
         with self._lock:
-            key = (where, path, dtype, op, order, options)
-            found = self._calls.get(key)
-            if found is None:
-                found = self._calls[key] = self._prepared(*key)
-            if not self._comm:
-                raise UsageError(f"{where}: the communicator of rank {self.rank} is closed; connect again")
-            call, pointer = found
-            call.count, call.inner, call.in_, call.out = count, inner, given.data_ptr(), out.data_ptr()
-            if more is not None:
-                call.residual, call.residual_out = more[0].data_ptr(), more[1].data_ptr()
-                call.weight = None if more[2] is None else more[2].data_ptr()
-            if self._launch(self._comm, pointer, gpu.stream_of(self._index)) != 0:
-                self._raise_fault()
-                gpu.check(1)
-
-    def _prepared(
-        self,
-        where: str,
-        path: str,
-        dtype: torch.dtype | None,
-        op: str,
-        order: str,
-        options: tuple[int, int, float, torch.dtype | None] | None,
-    ) -> tuple[gpu.Call, Any]:
-        if op not in OPS or order not in ORDERS:
-            raise UsageError(
-                f"{where}: op {op!r} is one of {', '.join(OPS)}, order {order!r} one of {', '.join(ORDERS)}"
-            )
-        name, blocks, tile_bytes = cut(where, path)
-        call = gpu.Call(collective=gpu.COLLECTIVES[where], path=gpu.PATHS[name], op=OPS[op], order=ORDERS[order])
-        call.blocks, call.tile_bytes = blocks, tile_bytes
-        call.dtype = 0 if dtype is None else native.dtype_code(dtype, where)
-        if options is not None:
-            call.residual_mode, call.weight_mode, call.eps, weight = options
-            call.weight_dtype = -1 if weight is None else native.DTYPES[weight]
-        return call, ctypes.byref(call)
+            if (
+                path is None
+                and call.path == gpu.PATHS["push"]
+                and self._comm
+                and not gpu.push_holds_rows(self._comm, call)
+            ):
+                call.path = gpu.PATHS["push_tiles"]
+        self._plans[key] = plan
+        return plan
 
     def barrier(self) -> None:
         """What follows on the current stream runs once all ranks' streams have come this far; the host does not wait."""
@@ -302,6 +353,7 @@ class CudaCommunicator:
             if not self._comm or os.getpid() != self._pid:
                 return
             comm, self._comm = self._comm, 0
+            self._plans.clear()
             with torch.cuda.device(self.device):
                 torch.cuda.synchronize()
                 gpu.destroy(comm)
@@ -321,8 +373,9 @@ class CudaCommunicator:
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous, from a multiple of 16 bytes on: the tensor itself, or a copy."""
-    dense = tensor.contiguous()
-    return dense.clone() if dense.data_ptr() % 16 else dense
+    if not tensor.is_contiguous():
+        return tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _dimension(where: str, tensor: torch.Tensor, dim: int) -> int:
