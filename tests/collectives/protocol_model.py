@@ -56,16 +56,19 @@ def packets(rank: int, ranks: int, calls: int, banks: int = 2) -> Program:
 def tiles(
     rank: int, ranks: int, count: int, calls: int = 1, slots: int = 8, released: bool = True, fresh: bool = True
 ) -> Program:
-    """Paths push_tiles and pull: in turn k, signal k - 1, store k, take in k - 2; everything before a call ends."""
+    """Paths push_tiles and pull: in turn k, store k and tell it, take in k - 2; everything before a call ends.
+
+    The warp that tells may be late, and stores of later turns before its flag: a flag, too, is delivered at any time, and
+    it alone waits for what was stored before it.
+    """
     program: Program = []
     peers = [peer for peer in range(ranks) if peer != rank]
     for call in range(calls):
         first = 1 + call * count
         for k in range(count + 2):
-            if 1 <= k <= count:
-                program += [Store(peer, ("flag", (first + k - 1) % 8, rank), first + k - 1, released) for peer in peers]
             if k < count:
                 program += [Store(peer, ("data", (first + k) % slots, rank), first + k) for peer in peers]
+                program += [Store(peer, ("flag", (first + k) % 8, rank), first + k, released) for peer in peers]
             if k >= 2:
                 s = first + k - 2
                 program += [Wait(("flag", s % 8, peer), s, fresh) for peer in peers]
