@@ -79,7 +79,7 @@ class Compiler:
         command += [f"--rocm-path={self.work / 'rocm'}", f"--offload-arch={self.target}", "-nogpulib"]
         command += ["--cuda-device-only", "-include", "__clang_hip_runtime_wrapper.h", "-isystem", self.amd / "include"]
         # Two ranks: what the others are made of, in a seventh of the time.
-        command += ["-O3", "-std=c++17", "-ffp-contract=off", "-DDETINFER_TWO_RANKS_ONLY"]
+        command += ["-O3", "-std=c++17", "-ffp-contract=off", "-DDETINFER_RANKS_BUILT=2"]
         for library in (self.amd / "lib/ocml.bc", self.amd / "lib/ockl.bc", self.work / "control.bc"):
             command += ["-Xclang", "-mlink-builtin-bitcode", "-Xclang", library]
         done = subprocess.run(

@@ -82,11 +82,16 @@ static inline TileShape tile_shape(const Comm& comm, const GpuCall& call, const 
 template <int N> struct Ranks {
   static constexpr int value = N;
 };
+#ifndef DETINFER_RANKS_BUILT
+#define DETINFER_RANKS_BUILT 8  // 2 or 3: a build in a fraction of the time, while kernels are being written and in tests
+#endif
 template <class Body> static inline int with_ranks(int ranks, const Body& body) {
   switch (ranks) {
     case 2: return body(Ranks<2>{});
-#ifndef DETINFER_TWO_RANKS_ONLY  // a build in a seventh of the time, while kernels are being written
+#if DETINFER_RANKS_BUILT >= 3
     case 3: return body(Ranks<3>{});
+#endif
+#if DETINFER_RANKS_BUILT >= 8
     case 4: return body(Ranks<4>{});
     case 5: return body(Ranks<5>{});
     case 6: return body(Ranks<6>{});
