@@ -158,7 +158,9 @@ def losers(nbytes: int, row: dict[str, float]) -> set[str]:
 def _pushed(comm: CudaCommunicator, collective: str, nbytes: int) -> bool:
     channels, room = comm.push_room
     if collective == "all_reduce_rms_norm":
-        return -(-(nbytes // (2 * HIDDEN)) // min(channels, 128)) * 2 * HIDDEN <= room  # no more blocks of long rows fit
+        return (
+            -(-(nbytes // (2 * HIDDEN)) // min(channels, 128)) * 2 * HIDDEN <= room
+        )  # no more blocks of long rows fit
     return nbytes <= channels * room
 
 

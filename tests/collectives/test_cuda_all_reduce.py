@@ -161,7 +161,9 @@ def test_rms_norm(here: Here, mode: Any, weight_mode: Any, dtype: DType) -> None
         x = [tensor_of(part, dtype) for part in parts]
         r = tensor_of(residual, dtype)
         for path in PATHS:
-            if path == "push" and (-(-rows // SMALL.push_channels) * n * x[0].element_size() > SMALL.push_bytes or n > 8192):
+            if path == "push" and (
+                -(-rows // SMALL.push_channels) * n * x[0].element_size() > SMALL.push_bytes or n > 8192
+            ):
                 continue
             norm, total = [torch.full_like(t, -3) for t in x], [torch.full_like(t, -3) for t in x]
             here.run(
