@@ -143,6 +143,7 @@ NormArgs norm_args(const GpuCall& call) {
   args.out = static_cast<char*>(call.out);
   args.rows = call.count / call.inner;
   args.hidden = static_cast<int32_t>(call.inner);
+  args.width = static_cast<int32_t>(call.width > 0 ? call.width : call.inner);
   args.weight_mode = call.weight_mode;
   args.residual_mode = call.residual_mode;
   args.weight_fp32 = call.weight_dtype == kFloat32;

@@ -29,7 +29,7 @@ uint32_t hash_of(const GpuCall& call) {
     static_assert(sizeof eps == sizeof call.eps, "eps is a double");
     std::memcpy(&eps, &call.eps, sizeof eps);
     for (int32_t field : {call.weight_dtype, call.weight_mode, call.residual_mode}) hash = mixed(hash, static_cast<uint32_t>(field));
-    hash = mixed(hash, eps);
+    hash = mixed(mixed(hash, eps), static_cast<uint64_t>(call.width));
   }
   return static_cast<uint32_t>(hash ^ hash >> 32);
 }

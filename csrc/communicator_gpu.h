@@ -37,6 +37,7 @@ struct GpuCall {
   int32_t tile_bytes;  // of one rank in one slot at most; 0: all that a slot holds
   int64_t count;  // elements of the result of an all_reduce, of a slice of a reduce_scatter; bytes of a part of all_gather
   int64_t inner;  // all_gather: bytes of a part that lie side by side in `out`; all_reduce_rms_norm: elements of a row
+  int64_t width;  // all_reduce_rms_norm: elements of a row that count, the others being zeros behind them; 0: all
   double eps;
   const void* in;
   void* out;

@@ -84,7 +84,7 @@ template <class T, bool kWide> class OwnRow {
 
   // Stores the normalised row, of the sum of its squares.
   __device__ __forceinline__ void put(int64_t row, float squares, bool good) const {
-    const float r = inverse_root(squares, args_.hidden, args_.eps);
+    const float r = inverse_root(squares, args_.width, args_.eps);
     const NormWord<T> norm(args_);
     char* out_row = args_.out + row * args_.hidden * T::kBytes;
 #pragma unroll 4

@@ -23,6 +23,7 @@ struct NormArgs {
   char* out;
   int64_t rows;
   int32_t hidden;  // elements, a multiple of 8
+  int32_t width;   // elements that the mean is over: squares of zeros behind them leave row_sum as it is
   int32_t weight_mode, residual_mode;
   int32_t blocks;  // of a row: 1, 2, 4 or 8, neighbours, launched as a group
   bool weight_fp32;

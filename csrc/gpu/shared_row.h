@@ -106,7 +106,7 @@ template <class T, int kWords, int K> class SharedRow {
     if (first_lap_ == 0) leave(lanes, arrival);
     if (grouped()) await(arrival, turn / 2 & 1u);
     else __syncthreads();
-    return inverse_root(sum_of_left(lanes), args_.hidden, args_.eps);
+    return inverse_root(sum_of_left(lanes), args_.width, args_.eps);
   }
 
   // Stores the normalised row.

@@ -179,7 +179,8 @@ class CudaCommunicator:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm, residual_out): ``all_reduce(x)``, then add + RMSNorm over the last dimension, bit for bit.
 
-        See ``Communicator.all_reduce_rms_norm`` for the modes. The last dimension is a multiple of 8 up to 16384.
+        See ``Communicator.all_reduce_rms_norm`` for the modes. The last dimension is at most 16384; where it is no
+        multiple of 8, rows are copied into longer ones first.
         ``residual_out`` may be ``residual``, ``out`` may be ``x``. Path push is one kernel; any other path of
         ``all_reduce`` is followed by a kernel for the norm.
         """
@@ -191,7 +192,11 @@ class CudaCommunicator:
         shape, dtype = x.shape, x.dtype
         width = None if weight is None else (weight.numel(), weight.dtype)
         key = (shape, dtype, residual.shape, residual.dtype, width, eps, mode, weight_mode, order, path)
-        plan = self._plans.get(key) or self._plan_rows(key, x, residual, weight, eps, mode, weight_mode, order, path)
+        plan = self._plans.get(key)
+        if plan is None:
+            if x.dim() and shape[-1] % 8:
+                return self._odd_rows(x, residual, weight, eps, mode, weight_mode, order, path, out, residual_out)
+            plan = self._plan_rows(key, x, residual, weight, eps, mode, weight_mode, order, path)
         index = self._index
         if (
             x.get_device() != index
@@ -218,6 +223,40 @@ class CudaCommunicator:
         if residual_out is not None and total is not residual_out:
             total = residual_out.copy_(total)
         return norm, total
+
+    def _odd_rows(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        mode: str,
+        weight_mode: str,
+        order: str,
+        path: str | None,
+        out: torch.Tensor | None,
+        residual_out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of a width that is no multiple of 8, with zeros behind them, which no sum of squares notices."""
+        where = "all_reduce_rms_norm"
+        n = x.shape[-1]
+        self._here(where, x, residual, weight)
+        if residual.shape != x.shape or (weight is not None and weight.numel() != n):
+            weights = "no" if weight is None else weight.numel()
+            raise UsageError(f"{where}: residual is {list(residual.shape)}, x {list(x.shape)}, with {weights} weights")
+        given, added = _wider(x), _wider(residual)
+        factor = None if weight is None else _wider(weight.reshape(-1))
+        kinds = (given.shape, x.dtype, residual.dtype, None if factor is None else factor.dtype)
+        key = ("odd rows", n, *kinds, eps, mode, weight_mode, order, path)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plan_rows(key, given, added, factor, eps, mode, weight_mode, order, path)
+            plan[0].width = n
+        norm, total = torch.empty_like(given), torch.empty_like(given)
+        rows = (added.data_ptr(), total.data_ptr(), None if factor is None else factor.data_ptr())
+        self._run(plan, given.data_ptr(), norm.data_ptr(), rows)
+        narrow = norm[..., :n].contiguous(), total[..., :n].contiguous()
+        return torch_ops.into(out, narrow[0]), torch_ops.into(residual_out, narrow[1])
 
     def _here(self, where: str, *tensors: torch.Tensor | None) -> None:
         for tensor in tensors:
@@ -376,6 +415,11 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_contiguous():
         return tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _wider(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy whose last dimension is the next multiple of 8, with zeros at the end."""
+    return torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % 8))
 
 
 def _dimension(where: str, tensor: torch.Tensor, dim: int) -> int:

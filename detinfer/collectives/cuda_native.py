@@ -56,6 +56,7 @@ class Call(ctypes.Structure):
         ("tile_bytes", ctypes.c_int32),
         ("count", ctypes.c_int64),
         ("inner", ctypes.c_int64),
+        ("width", ctypes.c_int64),
         ("eps", ctypes.c_double),
         ("in_", ctypes.c_void_p),
         ("out", ctypes.c_void_p),

@@ -154,8 +154,11 @@ def test_bad_input() -> None:
     x = torch.ones(16, 24, device="cuda")
     with pytest.raises(UsageError, match="on cpu"):
         rank.all_reduce(x.cpu())
-    with pytest.raises(UsageError, match="rows of 20 elements"):
-        rank.all_reduce_rms_norm(x[:, :20].contiguous(), x[:, :20].contiguous(), None, 1e-6)
+    long = torch.ones(2, 16392, device="cuda")
+    with pytest.raises(UsageError, match="rows of 16392 elements"):
+        rank.all_reduce_rms_norm(long, long, None, 1e-6)
+    with pytest.raises(UsageError, match=r"x \[16, 21\], with 24 weights"):
+        rank.all_reduce_rms_norm(x[:, :21], x[:, :21], x[0], 1e-6)
     with pytest.raises(UsageError, match="no 2 equal slices"):
         rank.reduce_scatter(x[:15])
     with pytest.raises(UsageError, match="path 'ring' is one of"):

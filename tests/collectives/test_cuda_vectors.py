@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
 from cuda_ranks import Here
+from cuda_vectors import GOLDENS, called
 
 from detinfer import bits
 from detinfer.goldens.vectors import file
-from detinfer.goldens.vectors.case import Case, number
 
 pytestmark = pytest.mark.gpu
 
-GOLDENS = Path(__file__).parents[2] / "goldens"
 PATHS = {
     "all_reduce": ("push", "push_tiles", "pull", "two_shot", "two_shot@3x512"),
     "reduce_scatter": ("push", "two_shot"),
+    "all_reduce_rms_norm": ("push", "push_tiles", "pull", "two_shot"),
 }
 
 
@@ -35,7 +31,7 @@ def test_vectors(operation: str, size: int) -> None:
         shared = {name: tensor.cuda() for name, tensor in case.inputs.items()}
         for path in PATHS[operation]:
             (found,) = here.run(
-                lambda c, case=case, p=parts, s=shared, path=path: _call(c, operation, case, p, s, path)
+                lambda c, case=case, p=parts, s=shared, path=path: called(c, operation, case, p, s, path)
             )
             for rank, outputs in enumerate(found):
                 for name, got in outputs.items():
@@ -45,23 +41,3 @@ def test_vectors(operation: str, size: int) -> None:
                         wrong.append((case.label(), path, rank, name))
     here.close()
     assert wrong == []
-
-
-def _call(
-    comm: Any, operation: str, case: Case, parts: list[torch.Tensor], shared: dict[str, torch.Tensor], path: str
-) -> dict[str, torch.Tensor]:
-    own, how = parts[comm.rank], case.arguments
-    if operation == "all_reduce":
-        return {"out": comm.all_reduce(own, op=how["op"], order=how["order"], path=path)}
-    if operation == "reduce_scatter":
-        return {f"rank{comm.rank}": comm.reduce_scatter(own, dim=how["dim"], path=path)}
-    norm, total = comm.all_reduce_rms_norm(
-        own,
-        shared["residual"],
-        shared["weight"],
-        number(how["eps"]),
-        mode=how["mode"],
-        weight_mode=how["weight_mode"],
-        path=path,
-    )
-    return {"norm": norm, "residual_out": total}

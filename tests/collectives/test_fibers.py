@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuda_vectors import GOLDENS, called
 from fibers import Ranks, library, same, tensor_of
 
-from detinfer import native
+from detinfer import bits, native
 from detinfer.collectives import cuda_native
 from detinfer.collectives.stress import cancelling, special
 from detinfer.errors import PeerError, RankMismatch
+from detinfer.goldens.vectors import file
 from detinfer.reference import all_gather as gather_reference
 from detinfer.reference import all_reduce as reference
 from detinfer.reference import reduce_scatter as scatter_reference
@@ -148,6 +150,28 @@ def test_row_sum_order(ranks: Ranks, rows: int, n: int) -> None:
                 assert same(total, expected[1]), (seed, path, rank)
                 assert same(norm, expected[0]), (seed, path, rank)
     assert shown >= 1
+
+
+@pytest.mark.parametrize("operation", ["all_reduce", "reduce_scatter", "all_reduce_rms_norm"])
+def test_vectors(ranks: Ranks, operation: str) -> None:
+    """The portable vectors of goldens/, unchanged: rows of 1, 15 and 77 elements among them."""
+    cases = [case for case in file.read(GOLDENS / operation)[1] if case.ranks == ranks.size]
+    assert len(cases) == {"all_reduce": 105, "reduce_scatter": 9, "all_reduce_rms_norm": 54}[operation]
+    paths = {
+        "all_reduce": (*PATHS, "push_tiles@2x1024", "two_shot@3x512"),
+        "reduce_scatter": ("push", "two_shot", "two_shot@2x512"),
+        "all_reduce_rms_norm": ("push", "push_tiles", "two_shot"),
+    }[operation]
+    wrong = []
+    for case in cases:
+        for path in paths:
+            found = ranks.run(lambda c, case=case, path=path: called(c, operation, case, case.parts, case.inputs, path))
+            for rank, outputs in enumerate(found):
+                for name, got in outputs.items():
+                    wanted = case.outputs[name]
+                    if got.shape != wanted.shape or bits.digest(got) != bits.digest(wanted):
+                        wrong.append((case.label(), path, rank, name))
+    assert wrong == []
 
 
 @pytest.mark.parametrize("first", [2**31 - 4, 2**32 - 4])
