@@ -217,7 +217,7 @@ def test_layouts_and_refusals() -> None:
     across = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)]
     got = sdpa(*across)
     same(got, want, "heads inside of tokens")
-    assert got.stride() == F.scaled_dot_product_attention(*across, enable_gqa=True).stride()
+    assert got.stride() == across[0].stride()
     same(sdpa(*(t.mT.contiguous().mT for t in (query, key, value))), want, "columns")
     same(sdpa(query[0], key[0], value[0]), want[0], "three dimensions")
     same(sdpa(query, key, value, scale=-0.125), reference(-query, key, value), "a negative scale")
