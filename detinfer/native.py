@@ -136,7 +136,7 @@ def dtype_code(dtype: torch.dtype, where: str) -> int:
     """csrc's code of ``dtype``; UnsupportedDtype names ``where`` for any other than fp32, bf16, fp16."""
     code = DTYPES.get(dtype)
     if code is None:
-        raise UnsupportedDtype(f"{where}: {dtype} has no canonical order on CPU; use float32, bfloat16 or float16")
+        raise UnsupportedDtype(f"{where}: {dtype} has no canonical order; use float32, bfloat16 or float16")
     return code
 
 

@@ -168,9 +168,9 @@ def _near(op: str, x: torch.Tensor, got: torch.Tensor) -> None:
     truth = reference.UNARY.get(op.removeprefix("aten::"))
     if truth is None or op == "aten::gelu":  # calls() gives two functions for it
         return
-    values, found = to_values(x).astype(np.float64), to_values(got).astype(np.float64)
-    expected = reference.quiet(truth)(to_values(x)).astype(np.float64)
     with np.errstate(all="ignore"):
+        values, found = to_values(x).astype(np.float64), to_values(got).astype(np.float64)
+        expected = reference.quiet(truth)(to_values(x)).astype(np.float64)
         allowed = 2.0**-19 * np.maximum(1, np.abs(values)) + 4 * torch.finfo(got.dtype).eps * np.abs(expected)
         wrong = np.abs(found - expected) > allowed
     wrong &= np.isfinite(found) & np.isfinite(expected)

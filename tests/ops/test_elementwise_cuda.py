@@ -63,10 +63,10 @@ def test_numbers_beside_16_bits_differ_from_cpu() -> None:
     """What ``UNLIKE_CPU`` says: relu of -0, a number beside bf16, division by a number."""
     zero = torch.tensor([-0.0])
     assert torch.signbit(torch.relu(zero)).tolist() != torch.signbit(torch.relu(zero.cuda())).tolist()
-    x = torch.arange(1, 2000).to(torch.bfloat16)
+    x = (torch.arange(1, 2000) / 4096).to(torch.bfloat16)
     assert (x + 0.1).view(torch.int16).tolist() != (x.cuda() + 0.1).cpu().view(torch.int16).tolist()
-    y = x.float()
-    assert (y / 0.1).view(torch.int32).tolist() != (y.cuda() / 0.1).cpu().view(torch.int32).tolist()
+    y = torch.arange(1, 2000).float()
+    assert (y / 0.3).view(torch.int32).tolist() != (y.cuda() / 0.3).cpu().view(torch.int32).tolist()
 
 
 def test_tables() -> None:
