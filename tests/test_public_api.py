@@ -62,6 +62,10 @@ OPTIONS = {
     },
     "run": {"--allow", "--engine", "--policy", "--report", "--uncovered"},
     "diff": {"--json"},
+    "golden check": set(),
+    "golden ls": {"--json"},
+    "golden prune": {"--delete"},
+    "golden show": set(),
     "locate": {"--control", "--device", "--golden", "--script", "--target"},
     "verify": {
         "--batch-sizes",
