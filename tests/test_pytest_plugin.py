@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,13 @@ X = torch.arange(15, dtype=torch.float32).view(5, 3)
 """
 
 
+# Where detinfer is installed pytest finds the plugin by itself, and does not take it twice.
+INSTALLED = any(point.value == "detinfer.pytest_plugin" for point in entry_points(group="pytest11"))
+PLUGIN = () if INSTALLED else ("-p", "detinfer.pytest_plugin")
+
+
 def run(pytester: pytest.Pytester, *words: str) -> pytest.RunResult:
-    return pytester.runpytest_inprocess("-p", "detinfer.pytest_plugin", "-p", "no:cacheprovider", *words)
+    return pytester.runpytest_inprocess(*PLUGIN, "-p", "no:cacheprovider", *words)
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +191,7 @@ def test_typo(golden):
 def test_torch_is_imported_when_a_test_asks(pytester: pytest.Pytester) -> None:
     """A suite that does not use the plugin pays for no torch: a process of its own."""
     pytester.makepyfile(test_it="import sys\ndef test_it():\n    assert not {'torch', 'numpy'} & set(sys.modules)\n")
-    pytester.runpytest_subprocess("-p", "detinfer.pytest_plugin").assert_outcomes(passed=1)
+    pytester.runpytest_subprocess(*PLUGIN).assert_outcomes(passed=1)
 
 
 def test_xdist(pytester: pytest.Pytester) -> None:
@@ -193,7 +199,7 @@ def test_xdist(pytester: pytest.Pytester) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     tests = "\n".join(f"def test_{n}(golden):\n    golden.check(torch.full((3,), {n}.0))" for n in range(6))
     pytester.makepyfile(test_it=f"import torch\n{tests}\n")
-    words = ("-p", "detinfer.pytest_plugin", "-n", "2")
+    words = (*PLUGIN, "-n", "2")
     pytester.runpytest_subprocess(*words, "--update-goldens=new").assert_outcomes(passed=6)
     assert len(list((pytester.path / "goldens/test_it").glob("*.safetensors"))) == 6
     pytester.runpytest_subprocess(*words).assert_outcomes(passed=6)
