@@ -44,7 +44,8 @@ def list_(folder: Path, as_json: bool) -> None:
         here = "yes" if entry.here else f"[yellow]{entry.problem or 'no'}[/]"
         table.add_row(str(entry.path), entry.of, entry.dtype, ranks, entry.environment, here, size)
     shown = Console(highlight=False)
-    shown.width = max(shown.width, 120)
+    # A line a golden: a path that is cut is of no use.
+    shown.width = max(shown.width, 110 + max((len(str(entry.path)) for entry in entries), default=0))
     shown.print(table if entries else f"{folder}: no golden")
 
 
