@@ -41,7 +41,7 @@ def list_(folder: Path, as_json: bool) -> None:
     for entry in entries:
         size = f"{entry.bytes / 1e6:.1f} MB"
         ranks = str(entry.ranks) if entry.ranks > 1 else ""
-        here = "yes" if entry.here else f"[yellow]{entry.problem or 'no'}[/]"
+        here = "yes" if entry.here else f"[yellow]{entry.problem.partition(':')[0]}[/]"
         table.add_row(str(entry.path), entry.of, entry.dtype, ranks, entry.environment, here, size)
     shown = Console(highlight=False)
     # A line a golden: a path that is cut is of no use.
