@@ -42,8 +42,8 @@ int all_gather(const Comm& comm, const GpuCall* call, Stream stream) {
     args.out_aligned = fits(16);
     const int64_t blocks = clamped(divided_up(call->count, args.tile_bytes), 1, shape.channels);
     const int64_t threads = clamped(divided_up(args.tile_bytes / kPackBytes, 32) * 32, 32, config.tile_threads);
-    return checked(launch(tile_gather<N>, static_cast<int>(blocks), static_cast<int>(threads) + Desk::kHelpers, 0, stream, config.overlap != 0,
-                          link_of(comm, comm.state->tiles, *call), comm.regions.tiles, args),
+    return checked(launch(tile_gather<N>, static_cast<int>(blocks), static_cast<int>(threads) + Desk::kHelpers, 0, stream,
+                          config.overlap != 0, link_of(comm, comm.state->tiles, *call), comm.regions.tiles, args),
                    "launching tiles");
   });
 }

@@ -38,8 +38,8 @@ template <class T, int N> int run_push(const Comm& comm, const GpuCall& call, in
   const bool plain = DETINFER_MUTANT != 6 && !scatter && args.how.op == static_cast<int32_t>(ReduceOp::kSum) &&
                      args.how.order == static_cast<int32_t>(RankOrder::kLinear) && args.in_aligned && args.out_aligned &&
                      bytes % kPacketBytes == 0 && shape.per_channel <= shape.threads;
-  return checked(launch(plain ? push_sum<T, N> : push_reduce<T, N>, shape.blocks, shape.threads, 0, stream, comm.config.overlap != 0, link,
-                        comm.regions.packets, args),
+  return checked(launch(plain ? push_sum<T, N> : push_reduce<T, N>, shape.blocks, shape.threads, 0, stream,
+                        comm.config.overlap != 0, link, comm.regions.packets, args),
                  "launching push");
 }
 
@@ -58,8 +58,8 @@ template <class T, int N> int run_tiles(const Comm& comm, const GpuCall& call, i
   const int64_t threads = clamped(divided_up(args.tile_bytes / kPackBytes, 32) * 32, 32, config.tile_threads);
   const Link link = link_of(comm, comm.state->tiles, call);
   const auto kernel = call.path == static_cast<int32_t>(GpuPath::kPull) ? one_shot_reduce<T, N, true> : one_shot_reduce<T, N, false>;
-  return checked(launch(kernel, static_cast<int>(blocks), static_cast<int>(threads) + Desk::kHelpers, 0, stream, config.overlap != 0, link,
-                        comm.regions.tiles, args),
+  return checked(launch(kernel, static_cast<int>(blocks), static_cast<int>(threads) + Desk::kHelpers, 0, stream,
+                        config.overlap != 0, link, comm.regions.tiles, args),
                  "launching tiles");
 }
 
@@ -93,12 +93,13 @@ int load_all(const Comm& comm) {
         using T = decltype(type);
         constexpr int N = decltype(ranks)::value;
         const GpuConfig& config = comm.config;
+        const int tile_threads = config.tile_threads + Desk::kHelpers;
         for (auto kernel : {push_reduce<T, N>, push_sum<T, N>})
           if (const int status = ready(kernel, config.push_channels, config.push_threads, 0, "push")) return status;
         for (auto kernel : {one_shot_reduce<T, N, false>, one_shot_reduce<T, N, true>})
-          if (const int status = ready(kernel, config.tile_channels, config.tile_threads + Desk::kHelpers, 0, "push_tiles and pull")) return status;
+          if (const int status = ready(kernel, config.tile_channels, tile_threads, 0, "push_tiles and pull")) return status;
         for (auto kernel : {two_shot_reduce<T, N, false>, two_shot_reduce<T, N, true>})
-          if (const int status = ready(kernel, config.tile_channels, config.tile_threads + Desk::kHelpers, 0, "two_shot")) return status;
+          if (const int status = ready(kernel, config.tile_channels, tile_threads, 0, "two_shot")) return status;
         return static_cast<int>(kOk);
       });
     });

@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(kOwnThreads<T> + Desk::kHelpers, 2)
 
 // The same of rows that are reduced already.
 template <class T, bool kWide>
-__global__ void __launch_bounds__(kOwnThreads<T>, 768 / kOwnThreads<T>) rms_norm(const char* in, DETINFER_PARAMETER NormArgs args) {
+__global__ void __launch_bounds__(kOwnThreads<T>, 768 / kOwnThreads<T>)
+    rms_norm(const char* in, DETINFER_PARAMETER NormArgs args) {
   extern __shared__ __align__(16) char room[];
   __shared__ alignas(16) float lanes[2][kLeftLanes];
   OwnRow<T, kWide> norm(args, room, lanes, nullptr);
@@ -171,7 +172,8 @@ template <class T, int N, int K> int load(const Comm& comm) {
   const int shared = kMostFused * static_cast<int>(sizeof(float));
   for (int group = comm.row_blocks; group > 1; group /= 2)
     for (int threads : {kSmallRowThreads, kRowThreads})
-      if (const int status = ready_groups(kernel, group, row_channels(comm, group, threads), threads, shared / group, "push of rows"))
+      if (const int status =
+              ready_groups(kernel, group, row_channels(comm, group, threads), threads, shared / group, "push of rows"))
         return status;
   return ready(kernel, row_channels(comm, 1, kBlockThreads<K>), kBlockThreads<K>, shared, "push of rows");
 }
@@ -188,7 +190,8 @@ int load_all(const Comm& comm) {
           const int status = with_packs(packs, [&](auto k) { return load<T, N, decltype(k)::value>(comm); });
           if (status != kOk) return status;
         }
-        return ready(tile_rms_norm<T, N>, comm.config.tile_channels, kOwnThreads<T> + Desk::kHelpers, own_row_bytes(kMostFused), "push_tiles of rows");
+        return ready(tile_rms_norm<T, N>, comm.config.tile_channels, kOwnThreads<T> + Desk::kHelpers, own_row_bytes(kMostFused),
+                     "push_tiles of rows");
       });
     });
     if (status != kOk) return status;
@@ -232,8 +235,8 @@ template <class T, int N> int run_push(const Comm& comm, const GpuCall& call, No
 
 template <class T, int N> int run_tiles(const Comm& comm, const GpuCall& call, const NormArgs& args, Stream stream) {
   const int64_t blocks = clamped(args.rows, 1, comm.config.tile_channels);
-  return checked(launch(tile_rms_norm<T, N>, static_cast<int>(blocks), kOwnThreads<T> + Desk::kHelpers, own_row_bytes(args.hidden), stream,
-                        comm.config.overlap != 0, link_of(comm, comm.state->tiles, call), comm.regions.tiles,
+  return checked(launch(tile_rms_norm<T, N>, static_cast<int>(blocks), kOwnThreads<T> + Desk::kHelpers,
+                        own_row_bytes(args.hidden), stream, comm.config.overlap != 0, link_of(comm, comm.state->tiles, call), comm.regions.tiles,
                         static_cast<const char*>(call.in), args),
                  "launching push_tiles");
 }

@@ -56,8 +56,8 @@ static inline int ready_groups(Kernel kernel, int group, int channels, int threa
   if (const int status = checked(load_kernel(kernel, shared_bytes), name)) return status;
   if (const int status = checked(groups_at_once(&groups, kernel, group, threads, shared_bytes), name)) return status;
   if (groups * group >= channels / group * group) return kOk;
-  return refuse(kNotSupported, "%s: %d groups of %d blocks of %d threads do not fit on the device together, %d do: take fewer channels",
-                name, channels / group, group, threads, groups);
+  return refuse(kNotSupported,
+                "%s: %d groups of %d blocks of %d threads do not fit on the device together, %d do: take fewer channels", name, channels / group, group, threads, groups);
 }
 
 Link link_of(const Comm& comm, uint32_t* counters, const GpuCall& call);

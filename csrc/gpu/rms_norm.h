@@ -59,7 +59,8 @@ static __device__ __forceinline__ float sum_of_left(const float (&lanes)[kLeftLa
   const float* mine = lanes + 4 * (threadIdx.x % 4);
   const auto four = [&](int m) { return *reinterpret_cast<const Floats<4>*>(mine + 16 * m); };
   const auto both = [](const Floats<4>& a, const Floats<4>& b) {
-    return Floats<4>{{add_rn(a.at[0], b.at[0]), add_rn(a.at[1], b.at[1]), add_rn(a.at[2], b.at[2]), add_rn(a.at[3], b.at[3])}};
+    return Floats<4>{
+        {add_rn(a.at[0], b.at[0]), add_rn(a.at[1], b.at[1]), add_rn(a.at[2], b.at[2]), add_rn(a.at[3], b.at[3])}};
   };
   const auto half = [&](int m) { return both(both(four(m), four(m + 4)), both(four(m + 2), four(m + 6))); };
   Floats<4> sum = both(half(0), half(1));
@@ -87,7 +88,8 @@ static __device__ __forceinline__ uint32_t add_word(uint32_t sum, uint32_t resid
 template <class T> class NormWord {
  public:
   __device__ explicit NormWord(const NormArgs& args)
-      : llama_(args.weight != nullptr && args.weight_mode == kLlama), gemma_(args.weight != nullptr && args.weight_mode == kGemma) {}
+      : llama_(args.weight != nullptr && args.weight_mode == kLlama),
+        gemma_(args.weight != nullptr && args.weight_mode == kGemma) {}
   __device__ __forceinline__ uint32_t operator()(const float* h, float r, const float (&weight)[T::kPerWord]) const {
     float scaled[T::kPerWord], v[T::kPerWord];
 #pragma unroll

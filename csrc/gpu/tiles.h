@@ -288,8 +288,9 @@ __global__ void __launch_bounds__(kTileThreads + Desk::kHelpers, N <= 4 ? 2 : 1)
         if (good && args.inner == args.bytes) {  // every rank's part lies in one piece
 #pragma unroll
           for (int r = 0; r < N; r++)
-            copy_tile<Bytes>(args.out + r * args.bytes + begin, r == link.rank ? args.in + begin : channel.slot(link.rank, sequence, r),
-                             length, args.out_aligned, r != link.rank || args.in_aligned);
+            copy_tile<Bytes>(args.out + r * args.bytes + begin,
+                             r == link.rank ? args.in + begin : channel.slot(link.rank, sequence, r), length,
+                             args.out_aligned, r != link.rank || args.in_aligned);
           return;
         }
         for (int64_t at = threadIdx.x * kPackBytes; at < length; at += step) {

@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kTileThreads + Desk::kHelpers, N <= 4 ? 2 : 1)
               if constexpr (!kScatter) {
 #pragma unroll
                 for (int hop = 1; hop < N; hop++)
-                  *reinterpret_cast<Pack<4>*>(from_owner.slot(after<N>(link.rank, hop), first_sum + now, link.rank) + at) = pack;
+                  *reinterpret_cast<Pack<4>*>(from_owner.slot(after<N>(link.rank, hop), first_sum + now, link.rank) + at) =
+                      pack;
               }
             });
         if constexpr (!kScatter) desk.stored();
