@@ -134,7 +134,7 @@ def test_rms_norm(ranks: Ranks, mode: Any, weight_mode: Any) -> None:
 def test_row_sum_order(ranks: Ranks, rows: int, n: int) -> None:
     """Rows of one block and of groups of 2, 4 and 8: the order of row_sum, in float32, where another order shows."""
     shown = 0
-    for seed in range(12):
+    for seed in range(12 if rows < 8 else 4):
         random = np.random.default_rng([seed, n])
         parts = [part.reshape(rows, n) for part in cancelling(ranks.size, rows * n, "float32", seed)]
         mantissa = random.integers(-(2**23), 2**23, (rows, n)).astype(np.float64)
@@ -144,7 +144,7 @@ def test_row_sum_order(ranks: Ranks, rows: int, n: int) -> None:
         other = all_reduce_rms_norm([part[:, mixed] for part in parts], residual[:, mixed], None, 1e-6, "float32")
         shown += int((other[0] != expected[0][:, mixed]).any(axis=1).sum())
         x, r = [tensor_of(part, "float32") for part in parts], tensor_of(residual, "float32")
-        for path in ("push", "push_tiles", "two_shot")[: 3 if seed < 4 else 1]:
+        for path in ("push", "push_tiles", "two_shot")[: 3 if seed < 2 else 1]:
             found = ranks.run(lambda c, x=x, r=r, p=path: c.all_reduce_rms_norm(x[c.rank], r, None, 1e-6, path=p))
             for rank, (norm, total) in enumerate(found):
                 assert same(total, expected[1]), (seed, path, rank)

@@ -1,6 +1,8 @@
 // The scheduler of fibers: a block's threads in turn, another warp first in every round.
 #include <sys/mman.h>
 
+#include <mutex>
+
 #include "hip/hip_runtime.h"
 #undef threadIdx
 
@@ -40,12 +42,25 @@ static void start() {
 }
 
 static constexpr size_t kStack = 32 << 10;
+static constexpr int kMostThreads = 1024;
+
+// Stacks of a block's fibers, kept for the next block: their pages are there already.
+static std::mutex guard;
+static std::vector<char*> idle;
+static char* take_stacks() {
+  const std::lock_guard<std::mutex> held(guard);
+  if (!idle.empty()) {
+    char* found = idle.back();
+    idle.pop_back();
+    return found;
+  }
+  void* mapped = mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) abort();
+  return static_cast<char*>(mapped);
+}
 
 void run(const std::function<void()>& body, int index, int count, int threads, int shared_bytes) {
-  const size_t bytes = threads * kStack;
-  void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapped == MAP_FAILED) abort();
-  char* stacks = static_cast<char*>(mapped);
+  char* stacks = take_stacks();
   Block& b = block;
   b.threads = b.live = threads;
   b.stack.assign(threads, nullptr);
@@ -75,7 +90,8 @@ void run(const std::function<void()>& body, int index, int count, int threads, i
     }
     if (b.spins > 0) sched_yield();
   }
-  munmap(mapped, bytes);
+  const std::lock_guard<std::mutex> held(guard);
+  idle.push_back(stacks);
 }
 
 }  // namespace fibers
