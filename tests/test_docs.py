@@ -17,6 +17,7 @@ import pytest
 
 from detinfer import errors
 from detinfer.cli import cli
+from detinfer.cli.eval import Default
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "goldens").rglob("*.md")])
@@ -53,7 +54,11 @@ def parse(words: list[str]) -> None:
     """Parse a command line of detinfer, as far as names of commands and options go; runs nothing, opens nothing."""
     command: click.Command = cli
     context = click.Context(cli, info_name="detinfer")
-    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+    while isinstance(command, click.Group) and words:
+        if isinstance(command, Default):
+            words = command.named(words)
+        if words[0].startswith("-"):
+            break
         found = command.get_command(context, words[0])
         if found is None:
             raise click.UsageError(f"no such command: {words[0]}")

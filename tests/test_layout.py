@@ -24,15 +24,17 @@ RANKS = {
     "ops": 3,
     "collectives": 3,
     "policy": 4,
+    "fingerprint": 5,
     "models": 5,
     "goldens": 6,
     "bench": 7,
     "run": 7,
     "reporters": 7,
     "testing": 7,
-    "cli": 8,
+    "integrations": 8,
     "pytest_plugin": 8,
-    "__main__": 9,
+    "cli": 9,
+    "__main__": 10,
 }
 FAMILIES = re.search(r"set\(DETINFER_FAMILIES ([^)]*)\)", (ROOT / "csrc/CMakeLists.txt").read_text()).group(1).split()
 """Families of operations, as csrc builds them."""

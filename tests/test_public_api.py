@@ -40,6 +40,10 @@ OPTIONS = {
     "bench rows": {"--dtype", "--json", "--repeats"},
     "bench model": {"--device", "--dtype", "--json", "--repeats", "--threads"},
     "env": {"--engine", "--json"},
+    "eval diff": set(),
+    "eval run": {"--allow", "--policy", "--repeat", "--report", "--sample", "--seed", "--uncovered", "--unobserved"},
+    "fingerprint explain": set(),
+    "fingerprint show": {"--allow", "--json", "--policy"},
     "policy explain": {"--allow", "--json", "--policy"},
     "prove": {"--dtype", "--force", "--json", "--shape"},
     "record": {

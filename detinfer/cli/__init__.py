@@ -14,6 +14,8 @@ from detinfer.cli import ranks
 from detinfer.cli.bench import bench
 from detinfer.cli.diff import diff
 from detinfer.cli.env import env
+from detinfer.cli.eval import evaluate
+from detinfer.cli.fingerprint import fingerprint
 from detinfer.cli.golden import golden
 from detinfer.cli.locate import locate
 from detinfer.cli.policy import policy
@@ -40,7 +42,20 @@ def cli() -> None:
     """Deterministic inference: record a model's layers, replay them, assert identical bytes."""
 
 
-for _command in (record, verify, locate, diff, golden, policy, prove, run_command, env, bench):
+for _command in (
+    record,
+    verify,
+    locate,
+    diff,
+    golden,
+    policy,
+    prove,
+    run_command,
+    evaluate,
+    fingerprint,
+    env,
+    bench,
+):
     cli.add_command(_command)
 
 
