@@ -222,18 +222,7 @@ static inline Code launch_cluster(void (*kernel)(Parameters...), int clusters, i
                                   Stream stream, Arguments... arguments) {
   const Code code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (code != cudaSuccess) return code;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return launch_groups(kernel, blocks, clusters * blocks, threads, shared_bytes, stream, false, arguments...);
 }
 #endif
 template <class... Parameters, class... Arguments>
@@ -378,24 +367,6 @@ static __device__ __forceinline__ void wait_for_previous_kernel() {
 }
 
 #if DETINFER_CLUSTERS
-// --- Device side: clusters of blocks. ---
-
-// Of all threads of the cluster, in two halves: what came before the arrival is seen after the wait.
-static __device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-static __device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-static __device__ __forceinline__ void cluster_barrier() {
-  cluster_arrive();
-  cluster_wait();
-}
-
 // The value at `shared`, an address in this block's shared memory, in that of the cluster's block `rank`.
 static __device__ __forceinline__ float from_block(const float* shared, int rank) {
   float value = 0.0f;
@@ -421,7 +392,8 @@ static constexpr bool kGroups = true;
 static __device__ __forceinline__ uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
-// One thread; then every thread of every block of the group calls meet_begin() and, before it sends, meet_end().
+// One thread; then every thread of every block of the group calls meet_begin() and, before it sends, meet_end(): what
+// came before the one is seen after the other.
 static __device__ __forceinline__ void make(Arrival* arrival) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrival)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -54,7 +54,8 @@ static __global__ void __launch_bounds__(kClusterThreads, kHold <= 10 ? 2 : 1) c
     for (int mask = 16; mask >= 1; mask /= 2) found = fmaxf(found, from_lane_xor(found, mask));
     if (thread == 0) block_max = found;
   }
-  cluster_barrier();
+  meet_begin();
+  meet_end();
   most = from_block(&block_max, thread % kClusterBlocks);
 #pragma unroll
   for (int mask = 4; mask >= 1; mask /= 2) most = fmaxf(most, from_lane_xor(most, mask));
@@ -86,7 +87,8 @@ static __global__ void __launch_bounds__(kClusterThreads, kHold <= 10 ? 2 : 1) c
     for (; c < count; c++) sum = add_rn(sum, terms[c * kBlockLanes + thread]);
     lanes[thread] = sum;
   }
-  cluster_barrier();
+  meet_begin();
+  meet_end();
   if (thread < kBlockLanes) {
     float of[kClusterBlocks];
 #pragma unroll
@@ -97,7 +99,7 @@ static __global__ void __launch_bounds__(kClusterThreads, kHold <= 10 ? 2 : 1) c
       for (int b = 0; b < half; b++) of[b] = add_rn(of[b], of[b + half]);
     joined[thread] = of[0];
   }
-  cluster_arrive();  // a block may end once the others have read from it
+  meet_begin();  // a block may end once the others have read from it
   __syncthreads();
   const int j = thread % 32;
   float sum = add_rn(add_rn(joined[j], joined[j + 64]), add_rn(joined[j + 32], joined[j + 96]));
@@ -117,7 +119,7 @@ static __global__ void __launch_bounds__(kClusterThreads, kHold <= 10 ? 2 : 1) c
     else
       store_values<T, kPack, true>(row_of(p.out, row, p.n, T::kBytes) + element(k) * T::kBytes, v, kPack);
   }
-  cluster_wait();
+  meet_end();
 }
 
 static inline bool cluster_takes(const GpuRowsArgs& p) {
