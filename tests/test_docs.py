@@ -59,11 +59,10 @@ def parse(words: list[str]) -> None:
             words = command.named(words)
         if words[0].startswith("-"):
             break
-        found = command.get_command(context, words[0])
-        if found is None:
-            raise click.UsageError(f"no such command: {words[0]}")
-        context = click.Context(found, info_name=words[0], parent=context)
-        command, words = found, words[1:]
+        name, found, rest = command.resolve_command(context, words)
+        assert found is not None  # else it raised
+        context = click.Context(found, info_name=name, parent=context)
+        command, words = found, rest
     _, rest, _ = command.make_parser(context).parse_args(list(words))
     wanted = sum(isinstance(parameter, click.Argument) and parameter.required for parameter in command.params)
     help_only = any(word in ("--help", "-h", "--version") for word in words)

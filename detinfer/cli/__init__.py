@@ -23,6 +23,7 @@ from detinfer.cli.prove import prove
 from detinfer.cli.record import record
 from detinfer.cli.run import run as run_command
 from detinfer.cli.verify import verify
+from detinfer.cli.verify_server import verify_server
 
 EXIT_CODES = """\b
 Exit codes:
@@ -36,7 +37,21 @@ Exit codes:
   130  interrupted"""
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+class Verbs(click.Group):
+    """The verbs; ``verify`` of a URL is ``verify-server``, which has other options."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the first word names, and the words after it."""
+        if args[0] == "verify" and any(word.startswith(("http://", "https://")) for word in args[1:]):
+            args = ["verify-server", *args[1:]]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=Verbs, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+)
 @click.version_option(detinfer.__version__, prog_name="detinfer")
 def cli() -> None:
     """Deterministic inference: record a model's layers, replay them, assert identical bytes."""
@@ -45,6 +60,7 @@ def cli() -> None:
 for _command in (
     record,
     verify,
+    verify_server,
     locate,
     diff,
     golden,

@@ -54,7 +54,12 @@ def document(result: Result) -> ElementTree.Element:
 
 def write(result: Result, path: Path) -> None:
     """Write the file; InfrastructureError when that cannot be done."""
-    tree = ElementTree.ElementTree(document(result))
+    save(document(result), path)
+
+
+def save(root: ElementTree.Element, path: Path) -> None:
+    """Write a ``testsuites`` element; InfrastructureError when that cannot be done."""
+    tree = ElementTree.ElementTree(root)
     ElementTree.indent(tree)
     try:
         tree.write(path, encoding="unicode", xml_declaration=True)
