@@ -95,11 +95,12 @@ class Api(ABC):
     def probe(self, sampling: Sampling) -> None:
         """Find out whether the server takes lists and token ids."""
         ids = (11, 12, 13)
-        for tried, name in (([ids], "ids"), (["One", "Two"], "lists")):
+        trials: tuple[tuple[list[Prompt], str], ...] = (([ids], "ids"), (["One", "Two"], "lists"))
+        for tried, name in trials:
             if not getattr(self, name):
                 continue
             try:
-                self.generate(tried, _short(sampling))  # type: ignore[arg-type]
+                self.generate(tried, _short(sampling))
             except Rejected as error:
                 if error.status not in (400, 422):
                     raise
@@ -245,7 +246,7 @@ class Chat(Api):
         tokens: Tokens = tuple(entry["token"] for entry in entries)
         logprobs: Logprobs = tuple(entry["logprob"] for entry in entries)
         finish = [choice.get("finish_reason") for choice in choices if choice.get("finish_reason")]
-        usage = next((event["usage"] for event in reversed(events) if event.get("usage")), {})
+        usage: Any = next((event["usage"] for event in reversed(events) if event.get("usage")), {})
         text = "".join(part.get("content") or "" for part in said)
         return [
             Answer(

@@ -156,7 +156,6 @@ def p_vs_d(api: Api, sampling: Sampling, options: Options) -> Part:
             options.said(f"  ✅ Token match\n  ✅ Logprobs match: {trial.compared} sequences")
         if options.fail_fast and part.differing:
             break
-    part.prompts = ["each sequence"]
     part.samples, part.unique = [part.compared], [2 if part.differing else 1]
     part.mismatched = [part.differing]
     nothing = not positions and part.compared and not part.differing
