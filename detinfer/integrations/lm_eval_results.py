@@ -103,22 +103,20 @@ def compare(a: Run, b: Run) -> Comparison:
             found.inputs.append(f"inputs    {name}: another {', another '.join(asked)}")
             continue
         for field_, said in OUTPUTS.items():
-            one, other = _flat(left.get(field_)), _flat(right.get(field_))
-            if one != other:
-                places = [i for i in range(max(len(one), len(other))) if one[i : i + 1] != other[i : i + 1]]
-                first = places[0]
+            one, other = _items(left.get(field_)), _items(right.get(field_))
+            places = [i for i in range(max(len(one), len(other))) if one[i : i + 1] != other[i : i + 1]]
+            if places:
+                values = [(run[places[0]] if places[0] < len(run) else "none") for run in (one, other)]
                 found.outputs.append(
-                    f"diverged  {name}: {said} {', '.join(map(str, places))}; the first is "
-                    f"{', '.join(one[first : first + 1]) or 'none'} in a, {', '.join(other[first : first + 1]) or 'none'} in b"
+                    f"diverged  {name}: {said} {', '.join(map(str, places))}; the first is {values[0]} in a, {values[1]} in b"
                 )
                 break
     return found
 
 
-def _flat(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [part for item in value for part in _flat(item)]
-    return [value if isinstance(value, str) else repr(value)]
+def _items(value: Any) -> list[str]:
+    """The answers of a sample, each as its JSON text."""
+    return [json.dumps(item) for item in value] if isinstance(value, list) else [json.dumps(value)]
 
 
 def _order(key: Key) -> tuple[str, int, str, str]:
