@@ -19,7 +19,7 @@ class Table(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         values = ids.double().sum(1)
-        return values + self.fault * (ids == 7).any(1) if len(ids) > 3 else values
+        return torch.where((ids == 7).any(1), values + self.fault, values) if len(ids) > 3 else values
 
 
 def asked(
@@ -54,7 +54,7 @@ def test_the_same_answers() -> None:
 
 @pytest.mark.parametrize("fault", [2.0**-40, math.nan])
 def test_a_fault_that_depends_on_the_batch(fault: float) -> None:
-    """The one question whose row holds the token is named, alone against its batch of 5; one last bit is enough."""
+    """The one question whose row holds the token is named, alone against its batch of 5; a small one is enough."""
     model = Table()
     model.fault = fault
     report, _ = asked(model, PROMPTS)
