@@ -6,6 +6,7 @@ lm-evaluation-harness 0.4: https://github.com/EleutherAI/lm-evaluation-harness, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -165,22 +166,26 @@ class Enforced:
             "operations": {"accepted": len(accepted), "allowed": sorted(set(allowed))},
             "replay": {kind: report.to_json() for kind, report in self.reports.items()},
             "digests": {
-                "model": self._model_digest(),
+                "model": self.model_digest,
                 "task": _digest(f"{name} {same_as}" for name, (same_as, _) in self.answers.items()),
                 "results": _digest(f"{name} {as_bytes(answer).hex()}" for name, (_, answer) in self.answers.items()),
             },
             "system_fingerprint": None if marked is None else marked.to_json(),
         }
 
-    def _model_digest(self) -> str | None:
-        """Of the arguments and, where they can be reached, config and weights; None where those were not asked for."""
+    @functools.cached_property
+    def model_digest(self) -> str | None:
+        """Of config, tokenizer and weights, where they can be reached; None where not, or where it was not asked for."""
         module = getattr(self.inner, "model", None)
         if not self._digest_weights or not isinstance(module, torch.nn.Module):
             return None
         config: Any = getattr(module, "config", None)
-        text = config.to_json_string() if hasattr(config, "to_json_string") else ""
-        weights = [f"{name} {bits.digest(tensor)}" for name, tensor in module.state_dict().items()]
-        return _digest([f"config {text}", *weights])
+        lines = [f"config {config.to_json_string()}"] if hasattr(config, "to_json_string") else []
+        tokenizer: Any = getattr(getattr(self.inner, "tokenizer", None), "backend_tokenizer", None)
+        if tokenizer is not None:  # its padding and truncation are those of the last batch
+            held = {k: v for k, v in json.loads(tokenizer.to_str()).items() if k not in ("padding", "truncation")}
+            lines.append(f"tokenizer {json.dumps(held, sort_keys=True)}")
+        return _digest([*lines, *(f"{name} {bits.digest(tensor)}" for name, tensor in module.state_dict().items())])
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into ``config`` of its results file: the inner model's, and ``detinfer``."""

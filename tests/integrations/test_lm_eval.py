@@ -186,6 +186,18 @@ def test_what_the_results_file_holds(start: Start, tmp_path: Path) -> None:
     assert "lm_eval" in fingerprint.read(file).fields["environment"]["libraries"]
 
 
+def test_the_model_digest(place: Path) -> None:
+    """The same for two loads and after a batch was padded; another once one bit of one weight differs."""
+    model = wrapped.register()
+    one, other, third = (
+        model(pretrained=str(place / "model"), dtype="float32", device="cpu", batch_size=2) for _ in range(3)
+    )
+    one.inner.tok_batch_encode(["a", "a longer one"])
+    weight = next(third.inner.model.parameters())
+    weight.data.view(torch.int32)[0, 0] ^= 1
+    assert one.model_digest == other.model_digest != third.model_digest
+
+
 def test_a_planted_fault_is_named(start: Start, tmp_path: Path) -> None:
     """One document's logits depend on the batch: exit code 1, that document named, the results written and marked."""
     code, report, said = start("--output_path", str(tmp_path), options=("--sample", "48"), model="batched")
