@@ -102,6 +102,13 @@ def test_the_exit_code_and_the_bits(start: Any, tmp_path: Path) -> None:
     assert row["path"] == "csrc/rows" and row["count"] == 1
 
 
+def test_a_library_that_looks_for_torch_first(start: Any, tmp_path: Path) -> None:
+    """Looking for torch, as transformers does before it imports it, does not take the policy away."""
+    done, report = start(*python(f"import importlib.util\nimportlib.util.find_spec('torch')\n{CANONICAL}"))
+    assert (done.returncode, len(report["processes"])) == (7, 1), done.stderr
+    assert any(row["path"] == "csrc/rows" for row in report["decisions"])
+
+
 def test_an_operation_that_nobody_covers(start: Any, tmp_path: Path) -> None:
     """Refused with a message; allowed by name; trusted."""
     code = "import torch\nprint(torch.cumsum(torch.ones(3), 0).shape)"

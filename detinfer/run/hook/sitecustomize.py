@@ -10,6 +10,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+import threading
 from typing import Any
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -46,20 +47,26 @@ class _Loader:
 
 
 class _Finder:
-    """Finds torch and detinfer as the other finders do, each once."""
+    """Finds torch and detinfer as the other finders do, and wraps their loaders.
+
+    Every time: libraries look for torch (``importlib.util.find_spec``) long before they import it.
+    """
 
     def __init__(self) -> None:
-        self._names = {"torch", "detinfer"}
+        self._asking: set[tuple[int, str]] = set()  # this thread asks the other finders just now
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """The module's own spec, its loader wrapped."""
-        if name not in self._names:
+        key = (threading.get_ident(), name)
+        if name not in ("torch", "detinfer") or key in self._asking:
             return None
-        self._names.discard(name)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            self._names.add(name)
-            return None
+        self._asking.add(key)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking.discard(key)
+        if spec is None or spec.loader is None or isinstance(spec.loader, _Loader):
+            return spec
         spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
         return spec
 
