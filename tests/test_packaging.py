@@ -73,7 +73,9 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Wheel:
     """The wheel, built from the source distribution and installed into a folder of its own."""
     folder = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(
+            folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+        )  # not in 3.11.3 and older
     (source,) = folder.glob("detinfer-*")
     objects = folder / "objects"
     # Not optimised: a tenth of the time, and every inline function is emitted, so that no weak symbol hides.
