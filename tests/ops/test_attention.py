@@ -19,6 +19,7 @@ from detinfer.ops.attention import NAME, prove, scaled_dot_product_attention
 from detinfer.ops.attention_proof import expected, stress
 from detinfer.ops.evidence import from_values, to_values
 from detinfer.reference import attention as reference
+from detinfer.reference import rows
 from detinfer.reference.arithmetic import fma
 from detinfer.reference.elementwise import exp
 
@@ -188,6 +189,33 @@ def test_a_masked_key_between_others(dtype: torch.dtype) -> None:
     alone = [gqa(query[:, :, r : r + 1], key[:, :, kept[r]], value[:, :, kept[r]]) for r in range(9)]
     same(torch.cat(alone, dim=2), want, "the remaining keys alone")
     differ(want, expected(query, key.flip(2), value.flip(2), kept.flip(1)), "reversed keys")
+
+
+@pytest.mark.parametrize("keys", [30, 100, 1500])
+def test_the_lanes_of_a_row_with_holes(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of one size, so that the order of their sum shows: other lanes give other bytes."""
+    draw = np.random.default_rng(keys)
+    query, key, value = (
+        torch.from_numpy(draw.integers(-64, 65, shape).astype(np.float32) / 128)
+        for shape in ((1, 3, 11, 16), (1, 1, keys, 16), (1, 1, keys, 5))
+    )
+    kept = torch.from_numpy(draw.integers(0, 10, (11, keys)) > 0)
+    assert keys < 1024 or int(kept.sum(-1).min()) > 1024, "lanes of row_sum are to meet again"
+    want = expected(query, key, value, kept)
+    for mask in masks(kept, torch.float32):
+        same(gqa(query, key, value, mask), want, str(mask.dtype))
+    sums = reference.weight_sums
+
+    def in_place(p: Any, allowed: Any) -> Any:  # a masked key keeps its lane, as a missing term
+        return rows.row_sum(np.where(allowed, p, np.float32(-0.0)).reshape(-1, keys)).reshape(p.shape[:-1])
+
+    def odd_first(p: Any, allowed: Any) -> Any:  # turning or reversing a row only permutes lanes that are added anyway
+        order = np.argsort(np.arange(keys) % 2 == 0, kind="stable")
+        return sums(p[..., order], allowed[..., order])
+
+    for wrong in (in_place, odd_first):
+        monkeypatch.setattr(reference, "weight_sums", wrong)
+        differ(want, expected(query, key, value, kept), wrong.__name__)
 
 
 @each_dtype
