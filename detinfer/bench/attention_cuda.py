@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from detinfer.bench import graph
 from detinfer.bits import first_mismatch
 from detinfer.errors import Diverged
 from detinfer.ops.attention_cuda import reference, scaled_dot_product_attention
@@ -82,14 +83,14 @@ def _time(shape: tuple[int, int, int], group: int, repeats: int) -> Timing:
     for backend in BACKENDS:
         if (found := _backend(plain, backend, inputs, repeats)) is not None:
             times[backend.name.removesuffix("_ATTENTION").lower()] = found
-    return Timing(shape, group, _graph(ours, inputs, repeats), times)
+    return Timing(shape, group, graph.median(ours, inputs, repeats), times)
 
 
 def _backend(call: Attention, backend: SDPBackend, inputs: Sequence[Inputs], repeats: int) -> float | None:
     """Microseconds of torch's call held to one backend; None where it does not take these shapes."""
     try:
         with sdpa_kernel(backend):
-            return _graph(call, inputs, repeats)
+            return graph.median(call, inputs, repeats)
     except RuntimeError:  # torch's way of saying so
         torch.cuda.synchronize()
         return None
@@ -108,33 +109,6 @@ def _check(inputs: Inputs, ours: Attention, causal: bool) -> None:
     expected = reference(query[:, :, -1:], key, value)
     if first := first_mismatch(ours(*inputs)[:1, :, -1:].cpu(), expected.cpu()):
         raise Diverged(f"attention of {list(query.shape)} on {key.shape[2]} keys{' causal' * causal}: {first}")
-
-
-def _graph(call: Attention, inputs: Sequence[Inputs], repeats: int) -> float:
-    """Median microseconds of one call, from replays of a graph of a call for each of the inputs."""
-    cuda: Any = torch.cuda  # untyped in torch
-    side = cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for each in inputs:
-            call(*each)
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for each in inputs:
-            call(*each)
-    graph.replay()
-    torch.cuda.synchronize()
-    found: list[float] = []
-    for _ in range(repeats):
-        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(float(start.elapsed_time(end)) * 1e3 / len(inputs))
-    return sorted(found)[repeats // 2]
 
 
 def table(timings: Sequence[Timing]) -> Table:

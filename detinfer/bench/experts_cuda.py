@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
+from detinfer.bench import graph
 from detinfer.bits import first_mismatch
 from detinfer.errors import Diverged, UsageError
 from detinfer.ops import moe_cuda
@@ -70,8 +70,8 @@ def run(tokens: Sequence[int] = TOKENS, repeats: int = 11, models: Sequence[str]
                 alone = moe_cuda.experts(x[-1:], chosen[-1:], weights[-1:], layer)
                 if first := first_mismatch(moe_cuda.experts(x, chosen, weights, layer)[-1:].cpu(), alone.cpu()):
                     raise Diverged(f"the last of {count} tokens of {model} has other bytes than alone: {first}")
-                ours = _graph(partial(moe_cuda.experts, layer=layer), calls, repeats)
-                theirs = _graph(partial(grouped, module), calls, repeats)
+                ours = graph.median(partial(moe_cuda.experts, layer=layer), calls, repeats)
+                theirs = graph.median(partial(grouped, module), calls, repeats)
                 yield Timing(model, count, theirs, ours)
 
 
@@ -120,37 +120,6 @@ def _inputs(shape: Shape, tokens: int, seed: int) -> tuple[torch.Tensor, torch.T
     chosen = torch.stack([torch.randperm(shape.experts, generator=generator)[: shape.places] for _ in range(tokens)])
     weights = torch.full(chosen.shape, 1 / shape.places, dtype=torch.bfloat16, device="cuda")
     return _draw(tokens, shape.hidden) * 16, chosen.cuda(), weights
-
-
-def _graph(call: Callable[..., torch.Tensor], inputs: Sequence[tuple[torch.Tensor, ...]], repeats: int) -> float:
-    """Median microseconds of one call, from replays of a graph of a call for each of the inputs."""
-    cuda: Any = torch.cuda  # untyped in torch
-    side = cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for given in inputs:
-            call(*given)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for given in inputs:
-            call(*given)
-    graph.replay()
-    torch.cuda.synchronize()
-    found: list[float] = []
-    for _ in range(repeats):
-        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(float(start.elapsed_time(end)) * 1e3 / len(inputs))
-    return sorted(found)[repeats // 2]
-
-
-def geometric_mean(timings: Sequence[Timing]) -> float:
-    """Of the ratios."""
-    return math.exp(sum(math.log(t.ratio) for t in timings) / len(timings))
 
 
 def to_json(timings: Sequence[Timing]) -> list[dict[str, Any]]:

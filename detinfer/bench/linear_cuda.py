@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +12,8 @@ import torch
 from rich.table import Table
 
 from detinfer import environment
+from detinfer.bench import graph
+from detinfer.bench.graph import geometric_mean
 from detinfer.bits import dtype_name, first_mismatch
 from detinfer.errors import Diverged
 from detinfer.ops.matmul_cuda import linear
@@ -75,7 +76,11 @@ def run(rows: Sequence[int], repeats: int, dtype: torch.dtype) -> Iterator[Timin
                         if first := first_mismatch(linear(part, w)[:64], head):
                             raise Diverged(f"linear of {count} x {k} x {n} in {dtype_name(dtype)}: {first}")
                         ours, default = _sides(part, used, repeats)
-                        peer = None if other is None else _graph(partial(other, part), used, repeats)
+                        peer = (
+                            None
+                            if other is None
+                            else graph.median(partial(other, part), [(weight,) for weight in used], repeats)
+                        )
                         yield Timing(model, dtype_name(dtype), n, k, count, default, ours, peer)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -84,8 +89,9 @@ def run(rows: Sequence[int], repeats: int, dtype: torch.dtype) -> Iterator[Timin
 def _sides(x: torch.Tensor, weights: Sequence[torch.Tensor], repeats: int) -> tuple[float, float]:
     """detinfer's and torch's time, each the lesser of two medians, measured in turn: ours, torch's, torch's, ours."""
     ours, default = partial(linear, x), partial(torch.nn.functional.linear, x)
-    first, plain, again = (_graph(call, weights, repeats) for call in (ours, default, default))
-    return min(first, _graph(ours, weights, repeats)), min(plain, again)
+    each = [(weight,) for weight in weights]
+    first, plain, again, last = (graph.median(call, each, repeats) for call in (ours, default, default, ours))
+    return min(first, last), min(plain, again)
 
 
 def _batch_invariant_ops() -> Call | None:
@@ -94,32 +100,6 @@ def _batch_invariant_ops() -> Call | None:
     except ImportError:
         return None
     return lambda x, weight: persistent(x, weight.t())
-
-
-def _graph(call: Callable[[torch.Tensor], torch.Tensor], weights: Sequence[torch.Tensor], repeats: int) -> float:
-    """Median microseconds of one call, from replays of a graph of a call for each of the weights."""
-    cuda: Any = torch.cuda  # untyped in torch
-    call(weights[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            call(weight)
-    graph.replay()
-    found: list[float] = []
-    for _ in range(repeats):
-        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(float(start.elapsed_time(end)) * 1e3 / len(weights))
-    return sorted(found)[repeats // 2]
-
-
-def geometric_mean(ratios: Sequence[float]) -> float:
-    """Of numbers above 0."""
-    return math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
 
 
 def table(timings: Sequence[Timing]) -> Table:

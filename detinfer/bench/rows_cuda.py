@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
+from detinfer.bench import graph
 from detinfer.bits import dtype_name, first_mismatch
 from detinfer.errors import Diverged
 from detinfer.ops import rows_cuda
@@ -57,12 +57,13 @@ def run(
                 copies = max(2, min(_MOST_CALLS, _COLD_BYTES // (rows * n * dtype.itemsize)))
                 some = spread(n, dtype, 3).cuda()
                 inputs = [(some * (i + 1)).repeat((rows + 2) // 3, 1)[:rows].contiguous() for i in range(copies)]
+                given = [(x,) for x in inputs]
                 vectors = [some[0].clone(), some[1].clone()]
                 for op in OPS:
                     ours, plain = _calls(op, n, vectors)
                     if first := first_mismatch(ours(inputs[0])[-1:].cpu(), ours(inputs[0][-1:].clone()).cpu()):
                         raise Diverged(f"{op} of {rows} x {n}, {dtype}: {first}")
-                    yield Timing(op, dtype, rows, n, _graph(plain, inputs, repeats), _graph(ours, inputs, repeats))
+                    yield Timing(op, dtype, rows, n, *(graph.median(call, given, repeats) for call in (plain, ours)))
 
 
 def _calls(
@@ -81,36 +82,6 @@ def _calls(
     if op == "softmax":
         return partial(rows_cuda.softmax, dim=-1), partial(torch.softmax, dim=-1)
     return partial(rows_cuda.log_softmax, dim=-1), partial(torch.log_softmax, dim=-1)
-
-
-def _graph(call: Callable[[torch.Tensor], Any], inputs: Sequence[torch.Tensor], repeats: int) -> float:
-    """Median microseconds of one call, from replays of a graph of a call for each of the inputs."""
-    cuda: Any = torch.cuda  # untyped in torch
-    side = cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call(inputs[0])
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for x in inputs:
-            call(x)
-    graph.replay()
-    torch.cuda.synchronize()
-    found: list[float] = []
-    for _ in range(repeats):
-        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(float(start.elapsed_time(end)) * 1e3 / len(inputs))
-    return sorted(found)[repeats // 2]
-
-
-def geometric_mean(timings: Sequence[Timing]) -> float:
-    """Of the ratios."""
-    return math.exp(sum(math.log(t.ratio) for t in timings) / len(timings))
 
 
 def to_json(timings: Sequence[Timing]) -> dict[str, Any]:

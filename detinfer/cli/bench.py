@@ -240,6 +240,7 @@ def _tune(ranks: int, path: Path | None, table: Path | None) -> None:
 def experts(tokens: str, repeats: int, path: Path | None) -> None:
     """Experts of three models' layers on this GPU against transformers' grouped_mm form, bytes checked before."""
     from detinfer.bench import experts_cuda as benchmark
+    from detinfer.bench.graph import geometric_mean
 
     if not torch.cuda.is_available():
         raise UsageError("bench experts needs a CUDA device, and torch sees none")
@@ -249,7 +250,7 @@ def experts(tokens: str, repeats: int, path: Path | None) -> None:
     found = list(track(benchmark.run(counts, repeats), "timing", total=total, console=console, transient=True))
     shown = Console()
     shown.print(benchmark.table(found))
-    shown.print(f"geometric mean {benchmark.geometric_mean(found):.2f}")
+    shown.print(f"geometric mean {geometric_mean([timing.ratio for timing in found]):.2f}")
     if path is not None:
         path.write_text(json.dumps(benchmark.to_json(found), indent=1) + "\n")
 
@@ -303,6 +304,7 @@ def _counts(text: str) -> list[int]:
 def rows(names: tuple[str, ...], repeats: int, path: Path | None) -> None:
     """Norms and softmax on this GPU, in replays of a CUDA graph, bytes checked before."""
     from detinfer.bench import rows_cuda as benchmark
+    from detinfer.bench.graph import geometric_mean
 
     if not torch.cuda.is_available():
         raise UsageError("bench rows needs a CUDA device, and torch sees none")
@@ -318,7 +320,7 @@ def rows(names: tuple[str, ...], repeats: int, path: Path | None) -> None:
         of = [timing for timing in found if timing.op == op]
         worst = max(of, key=lambda timing: timing.ratio)
         shown.print(
-            f"{op}: geometric mean {benchmark.geometric_mean(of):.2f}; worst {worst.ratio:.2f}, "
+            f"{op}: geometric mean {geometric_mean([timing.ratio for timing in of]):.2f}; worst {worst.ratio:.2f}, "
             f"{worst.rows} x {worst.n} ({worst.detinfer:.1f} against {worst.torch:.1f} us)"
         )
     if path is not None:

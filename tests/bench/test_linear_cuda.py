@@ -11,7 +11,8 @@ from rich.console import Console
 
 from detinfer import cli, environment
 from detinfer.bench import linear_cuda
-from detinfer.bench.linear_cuda import Timing, geometric_mean, summary, table, to_json
+from detinfer.bench.graph import geometric_mean
+from detinfer.bench.linear_cuda import Timing, summary, table, to_json
 
 TIMINGS = [
     Timing("a", "bfloat16", 64, 32, 1, 10.0, 5.0, 40.0),
