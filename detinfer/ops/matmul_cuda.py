@@ -22,8 +22,9 @@ import torch
 from detinfer import native
 from detinfer.errors import NativeError, UnsupportedDtype, UsageError
 from detinfer.ops import cublaslt, matmul_store, matmul_table
+from detinfer.ops.matmul_forms import Forms
 from detinfer.ops.matmul_table import PIECE, Choice, Key
-from detinfer.ops.matmul_views import Views, dot_views, linear_views, matmul_views, three, two, vector_views
+from detinfer.ops.matmul_views import Views, linear_views
 
 PATHS = {"reference": 0, "skinny": 1, "tile": 2, "stream": 3}
 """csrc's paths and their codes."""
@@ -298,6 +299,9 @@ def _first(
     return call(x.data_ptr(), w.data_ptr(), 0 if added is None else added.data_ptr())
 
 
+_forms = Forms(_compute)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, path: str | None = None) -> Any:
     """aten::linear: x [..., K] or [K], weight [N, K] or [K], bias [N], [1] or none -> [..., N] or [...].
 
@@ -306,64 +310,23 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     operands that do not fit or lie on different devices, NativeError where the GPU library is missing or refuses.
     """
     if path is None:
-        return _compute(linear_views, "aten::linear", x, weight, bias)
+        return _forms.linear(x, weight, bias)
     if path not in PATHS:
         raise UsageError(f"linear: there is no path {path!r}; choose {', '.join(PATHS)}")
     shape, rows, w, c = linear_views(x, weight, bias)
     return product(rows, w.t(), c, path=path).view(shape)
 
 
-def matmul(a: torch.Tensor, b: torch.Tensor) -> Any:
-    """aten::matmul: torch's rules for vectors; leading dimensions broadcast."""
-    return _compute(matmul_views, "aten::matmul", a, b)
+matmul = _forms.matmul
+mm = _forms.mm
+addmm = _forms.addmm
+bmm = _forms.bmm
+baddbmm = _forms.baddbmm
+mv = _forms.mv
+addmv = _forms.addmv
+dot = _forms.dot
 
-
-def mm(a: torch.Tensor, b: torch.Tensor) -> Any:
-    """aten::mm: [M, K] times [K, N]."""
-    return _compute(two, "aten::mm", a, b)
-
-
-def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    """aten::addmm: beta * c + alpha * a @ b, c broadcast to [M, N]; c is not read when beta is 0."""
-    return _compute(two, "aten::addmm", a, b, c if beta != 0 else None, alpha, beta)
-
-
-def bmm(a: torch.Tensor, b: torch.Tensor) -> Any:
-    """aten::bmm: [B, M, K] times [B, K, N]."""
-    return _compute(three, "aten::bmm", a, b)
-
-
-def baddbmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    """aten::baddbmm: beta * c + alpha * a @ b in batches, c broadcast to [B, M, N]; not read when beta is 0."""
-    return _compute(three, "aten::baddbmm", a, b, c if beta != 0 else None, alpha, beta)
-
-
-def mv(a: torch.Tensor, x: torch.Tensor) -> Any:
-    """aten::mv: [M, K] times [K] -> [M]."""
-    return _compute(vector_views, "aten::mv", a, x)
-
-
-def addmv(c: torch.Tensor, a: torch.Tensor, x: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    """aten::addmv: beta * c + alpha * a @ x, [M, K] times [K] -> [M]; c is not read when beta is 0."""
-    return _compute(vector_views, "aten::addmv", a, x, c if beta != 0 else None, alpha, beta)
-
-
-def dot(x: torch.Tensor, y: torch.Tensor) -> Any:
-    """aten::dot: [K] times [K] -> a scalar."""
-    return _compute(dot_views, "aten::dot", x, y)
-
-
-COVERED: dict[str, Callable[..., Any]] = {
-    "aten::linear": linear,
-    "aten::matmul": matmul,
-    "aten::mm": mm,
-    "aten::addmm": addmm,
-    "aten::bmm": bmm,
-    "aten::baddbmm": baddbmm,
-    "aten::mv": mv,
-    "aten::addmv": addmv,
-    "aten::dot": dot,
-}
+COVERED: dict[str, Callable[..., Any]] = _forms.covered()
 """``aten::name``: the function that computes it, with the schema's own signature."""
 
 REDUCES: frozenset[str] = frozenset(COVERED)
