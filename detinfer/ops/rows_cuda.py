@@ -21,6 +21,7 @@ from detinfer import native
 from detinfer.errors import NativeError, UsageError
 from detinfer.ops import rows, rows_cuda_proof
 from detinfer.ops.rows import OPS, RESIDUAL_MODES, WEIGHT_MODES, ResidualMode, WeightMode
+from detinfer.ops.rows_forms import Forms
 
 _args = struct.Struct("@7i5q8Pd")  # GpuRowsArgs of csrc/rows_gpu.h
 _pack = _args.pack
@@ -169,50 +170,6 @@ def _reduce(
     return out
 
 
-def sum_all(self: torch.Tensor, *, dtype: torch.dtype | None = None) -> Any:
-    """aten::sum: all elements as one row; a tensor of no dimensions."""
-    return _reduce("sum", self, None, False, dtype)
-
-
-def sum_dims(
-    self: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> Any:
-    """aten::sum.dim_IntList: over one or several dimensions; +0 over no elements."""
-    return _reduce("sum", self, dim, keepdim, dtype)
-
-
-def mean_all(self: torch.Tensor, *, dtype: torch.dtype | None = None) -> Any:
-    """aten::mean: the sum of all elements divided by their number."""
-    return _reduce("mean", self, None, False, dtype)
-
-
-def mean_dims(
-    self: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> Any:
-    """aten::mean.dim: over one or several dimensions; NaN over no elements."""
-    return _reduce("mean", self, dim, keepdim, dtype)
-
-
-def amax(self: torch.Tensor, dim: int | Sequence[int] = (), keepdim: bool = False) -> Any:
-    """aten::amax: NaN wins, and +0 is greater than -0."""
-    return _reduce("max", self, dim, keepdim, None)
-
-
-def amin(self: torch.Tensor, dim: int | Sequence[int] = (), keepdim: bool = False) -> Any:
-    """aten::amin: NaN wins, and -0 is less than +0."""
-    return _reduce("min", self, dim, keepdim, None)
-
-
-def max_all(self: torch.Tensor) -> Any:
-    """aten::max: of all elements, as ``amax``."""
-    return _reduce("max", self, None, False, None)
-
-
-def min_all(self: torch.Tensor) -> Any:
-    """aten::min: of all elements, as ``amin``."""
-    return _reduce("min", self, None, False, None)
-
-
 def _softmax_of(op: str, self: torch.Tensor, dim: int, dtype: torch.dtype | None) -> Any:
     signature = (op, self.dtype, self.shape, self.stride(), dim, dtype, _shape)
     if (kept := _heads.get(signature)) is not None:
@@ -236,24 +193,11 @@ def _softmax_of(op: str, self: torch.Tensor, dim: int, dtype: torch.dtype | None
     return out if last else out.movedim(-1, d).contiguous()
 
 
-def softmax(self: torch.Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -> Any:
-    """e^(x - max) / sum over ``dim``; a row of -Inf, or with NaN or +Inf in it, is NaN throughout, as in torch."""
-    return _softmax_of("softmax", self, dim, dtype)
-
-
-def log_softmax(self: torch.Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -> Any:
-    """(x - max) - log(sum of e^(x - max)) over ``dim``."""
-    return _softmax_of("log_softmax", self, dim, dtype)
-
-
-def softmax_core(self: torch.Tensor, dim: int, half_to_float: bool) -> Any:
-    """aten::_softmax; ``half_to_float`` gives fp32."""
-    return _softmax_of("softmax", self, dim, torch.float32 if half_to_float else None)
-
-
-def log_softmax_core(self: torch.Tensor, dim: int, half_to_float: bool) -> Any:
-    """aten::_log_softmax; ``half_to_float`` gives fp32."""
-    return _softmax_of("log_softmax", self, dim, torch.float32 if half_to_float else None)
+_forms = Forms(_reduce, _softmax_of)
+sum_all, sum_dims, mean_all, mean_dims = _forms.sum_all, _forms.sum_dims, _forms.mean_all, _forms.mean_dims
+amax, amin, max_all, min_all = _forms.amax, _forms.amin, _forms.max_all, _forms.min_all
+softmax, log_softmax = _forms.softmax, _forms.log_softmax
+softmax_core, log_softmax_core = _forms.softmax_core, _forms.log_softmax_core
 
 
 def _norm(
@@ -402,16 +346,7 @@ def _statistic(x: torch.Tensor, normalized_shape: Sequence[int], dtype: torch.dt
 
 
 COVERED: dict[str, Callable[..., Any]] = {
-    "aten::sum": sum_all,
-    "aten::sum.dim_IntList": sum_dims,
-    "aten::mean": mean_all,
-    "aten::mean.dim": mean_dims,
-    "aten::amax": amax,
-    "aten::amin": amin,
-    "aten::max": max_all,
-    "aten::min": min_all,
-    "aten::_softmax": softmax_core,
-    "aten::_log_softmax": log_softmax_core,
+    **_forms.covered(),
     "aten::rms_norm": rms_norm_aten,
     "aten::_fused_rms_norm": fused_rms_norm,
     "aten::native_layer_norm": native_layer_norm,
