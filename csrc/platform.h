@@ -224,6 +224,10 @@ static inline Code launch_cluster(void (*kernel)(Parameters...), int clusters, i
   if (code != cudaSuccess) return code;
   return launch_groups(kernel, blocks, clusters * blocks, threads, shared_bytes, stream, false, arguments...);
 }
+// Where a byte of shared memory lies, as instructions name it.
+static __device__ __forceinline__ uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
 #endif
 template <class... Parameters, class... Arguments>
 static inline Code launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, Stream stream,
@@ -389,9 +393,6 @@ struct Arrival {
 
 #if !defined(__HIP__) && __CUDA_ARCH__ >= 900
 static constexpr bool kGroups = true;
-static __device__ __forceinline__ uint32_t shared_address(const void* at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
 // One thread; then every thread of every block of the group calls meet_begin() and, before it sends, meet_end(): what
 // came before the one is seen after the other.
 static __device__ __forceinline__ void make(Arrival* arrival) {
