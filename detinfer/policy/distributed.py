@@ -19,7 +19,7 @@ from torch import Tensor
 from detinfer.bits import dtype_name
 from detinfer.errors import RefusedError
 from detinfer.policy.backends import through
-from detinfer.policy.collectives import BACKEND, COVERED, REDUCTIONS, SHARED_MEMORY
+from detinfer.policy.collectives import BACKEND, COVERED, PEER_MEMORY, REDUCTIONS, SHARED_MEMORY
 from detinfer.policy.decide import Known, decide
 from detinfer.policy.front import Front
 from detinfer.policy.groups import Group, Groups
@@ -115,7 +115,8 @@ class _Call:
             decision = decide(policy, self._name, (dtype,), self._known, variant=reduction, ranks=ranks)
             how = ", ".join(filter(None, (reduction, f"{group.size} ranks")))
             found = group.settled[memo] = decision, (f"{self._name}({how})", (dtype,))
-            if self._name == "c10d::allreduce_" and isinstance(decision, Accepted) and decision.path == SHARED_MEMORY:
+            own = isinstance(decision, Accepted) and decision.path in (SHARED_MEMORY, PEER_MEMORY)
+            if own and self._name == "c10d::allreduce_":
                 group.fast[number, dtype] = reduction, found[1], decision  # type: ignore[assignment]
         decision, key = found
         trace = STATE.trace()

@@ -50,7 +50,7 @@ class Group:
         self.settled: dict[Any, Any] = {}
         """What ``policy`` has decided: the overrides' memo."""
         self.fast: dict[Any, tuple[ReduceOp, Any, Accepted]] = {}
-        """all_reduce calls that it sends to shared memory, by (ReduceOp, dtype): ``front``'s memo."""
+        """all_reduce calls that it sends to the ranks' own memory, by (ReduceOp, dtype): ``front``'s memo."""
         self._proofs: dict[tuple[Collective, str, torch.dtype], Proof | Refused] = {}
         self.communicator: Communicator | CudaCommunicator | None = None
         self.why = ""
@@ -222,9 +222,13 @@ a rank that frees its buffers while another still writes into them would bring b
 class Groups:
     """The groups met under the policies in force, each from its first collective on."""
 
-    def known_to(self, group: dist.ProcessGroup | None) -> Group | None:
-        """The group's state for CPU tensors, if it was met before."""
-        by_device = None if group is None else self._found.get(group)
+    def known_to(self, group: dist.ProcessGroup | None, tensor: torch.Tensor) -> Group | None:
+        """The group's state for tensors on the CPU or on the GPU, as this one is, if it was met before."""
+        if group is None:
+            return None
+        if tensor.is_cuda:
+            return _of_gpus.get(group)
+        by_device = self._found.get(group) if tensor.is_cpu else None
         return None if by_device is None else by_device.get("cpu")
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """The short way of ``dist.all_reduce``, run by three processes over gloo: ``python front_cases.py FOLDER``.
 
-Each writes what it saw to ``FOLDER/RANK.json``.
+Each writes what it saw to ``FOLDER/RANK.json``. ``python front_cases.py FOLDER cuda``: a process for each GPU over NCCL.
 """
 
 from __future__ import annotations
@@ -19,29 +19,34 @@ from torch.distributed import all_reduce as bound_early
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 from detinfer.collectives.communicator import Communicator
+from detinfer.collectives.cuda import CudaCommunicator
 from detinfer.collectives.stress import cancelling
 from detinfer.policy import deterministic
 from detinfer.policy.state import STATE
 from detinfer.reference.all_reduce import all_reduce as reference
 
-SIZE, COUNT = 3, 400
+COUNT = 400
 
 
 def stored(x: torch.Tensor) -> bytes:
-    return x.contiguous().view(torch.uint8).numpy().tobytes()
+    return x.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 class Own(torch.Tensor):
     """A subclass: it goes by the operator."""
 
 
-def run(rank: int, folder: str) -> None:
+def run(rank: int, size: int, folder: str, device: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=SIZE)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=size)
     found: dict[str, Any] = {}
     plain = dist.all_reduce
     slow: list[str] = []
-    call = Communicator.all_reduce
+    communicator: Any = CudaCommunicator if device == "cuda" else Communicator
+    call = communicator.all_reduce
 
     def counted(self: Any, *arguments: Any, **options: Any) -> Any:
         # Which way a call came: from the operator's override (policy/distributed.py) or from the front.
@@ -49,13 +54,13 @@ def run(rank: int, folder: str) -> None:
         slow.append("front" if frame.f_code.co_filename.endswith("front.py") else "operator")
         return call(self, *arguments, **options)
 
-    Communicator.all_reduce = counted  # type: ignore[method-assign]
-    drawn = {name: cancelling(SIZE, COUNT // 2, name) for name in ("float32", "bfloat16")}  # type: ignore[arg-type]
+    communicator.all_reduce = counted
+    drawn = {name: cancelling(size, COUNT // 2, name) for name in ("float32", "bfloat16")}  # type: ignore[arg-type]
     # Moved on by one rank in the second half, so that both rotations of three ranks show.
     parts = {name: [np.concatenate([part, all_[r - 1]]) for r, part in enumerate(all_)] for name, all_ in drawn.items()}
 
     def own(name: str = "float32") -> torch.Tensor:
-        return torch.from_numpy(parts[name][rank].view(np.uint8).copy()).view(getattr(torch, name))
+        return torch.from_numpy(parts[name][rank].view(np.uint8).copy()).to(device).view(getattr(torch, name))
 
     def one(what: str, work: Any, name: str = "float32") -> None:
         slow.clear()
@@ -81,7 +86,7 @@ def run(rank: int, folder: str) -> None:
         return x
 
     def strided(x: torch.Tensor) -> torch.Tensor:
-        room = torch.zeros(COUNT, 2)
+        room = torch.zeros(COUNT, 2, device=device)
         room[:, 0] = x
         dist.all_reduce(room[:, 0])
         assert not room[:, 1].any()
@@ -129,8 +134,11 @@ def run(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
+    device = sys.argv[2] if len(sys.argv) > 2 else "cpu"
+    # NVML counts the GPUs: CUDA must not be started before the fork.
+    size = min(torch.cuda.device_count(), 8) if device == "cuda" else 3
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=run, args=(rank, sys.argv[1])) for rank in range(SIZE)]
+    ranks = [fork.Process(target=run, args=(rank, size, sys.argv[1], device)) for rank in range(size)]
     for process in ranks:
         process.start()
     for process in ranks:

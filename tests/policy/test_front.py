@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from detinfer import native
 
@@ -27,19 +28,24 @@ OPERATOR = [
 FRONT = ["second", "by name", "bfloat16 second", "strided", "inner second"]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of three processes saw."""
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL between ranks needs two GPUs or more")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of three processes saw, or one for each GPU; NVLink multicast is left alone."""
     native.library()
     folder = tmp_path_factory.mktemp("front")
     script = Path(__file__).parent / "front_cases.py"
     paths = os.pathsep.join(path for path in sys.path if path)
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    quiet = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+    environment = os.environ | quiet | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, script, folder], env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, script, folder, request.param], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
 @pytest.mark.parametrize("case", FRONT + OPERATOR)
@@ -49,7 +55,7 @@ def test_bytes_and_ways(ranks: list[dict[str, Any]], case: str) -> None:
         ways, same = rank[case]
         # Proofs, made at a first call, go through the communicator too.
         assert same and ways[-1] == ("front" if case in FRONT else "operator"), rank[case]
-        assert rank["order shows"]
+        assert rank["order shows"] or len(ranks) == 2  # two commute
 
 
 def test_it_is_taken_out(ranks: list[dict[str, Any]]) -> None:
@@ -57,4 +63,5 @@ def test_it_is_taken_out(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["replaced"] and rank["restored"] and rank["left"] and rank["max"]
         assert rank["kept"][0] == []
-    assert not all(rank["kept"][1] for rank in ranks)
+    if len(ranks) > 2:
+        assert not all(rank["kept"][1] for rank in ranks)
