@@ -172,6 +172,7 @@ DETINFER_EXPORT int detinfer_gpu_create(const GpuConfig* config, void* const* bu
   for (int r = 0; r < config->ranks; r++) comm->buffer[r] = static_cast<char*>(buffers[r]);
   State* initial = new (std::nothrow) State();
   int status = initial == nullptr ? refuse(kOutOfMemory, "no memory for a communicator") : static_cast<int>(kOk);
+  if (status == kOk) status = checked(current_device(&comm->device), "asking for the current device");
   if (status == kOk) {
     for (uint32_t* counters : {initial->push, initial->tiles, initial->parts, initial->sums})
       for (int i = 0; i < kMostChannels; i++) counters[i] = config->first_sequence;
@@ -234,6 +235,9 @@ DETINFER_EXPORT int detinfer_gpu_call(const Comm* comm, const GpuCall* call) {
     return refuse(kBadArgument, "the communicator has failed");
   if (call->count <= 0) return call->count == 0 ? kOk : refuse(kBadArgument, "negative count");
   const Stream on = static_cast<Stream>(call->stream);
+  // Stream 0 is the current device's, and a thread of the caller's may have another one.
+  const OnDevice here(comm->device);
+  if (const int status = checked(here.status(), "going to the communicator's device")) return status;
   switch (static_cast<GpuCollective>(call->collective)) {
     case GpuCollective::kAllReduce: return all_reduce(*comm, call, on);
     case GpuCollective::kReduceScatter: return reduce_scatter(*comm, call, on);

@@ -101,6 +101,8 @@ static inline Code open_handle(void** at, Handle handle) {
 }
 static inline Code close_handle(void* at) { return hipIpcCloseMemHandle(at); }
 static inline Code can_reach(int* can, int device, int peer) { return hipDeviceCanAccessPeer(can, device, peer); }
+static inline Code current_device(int* device) { return hipGetDevice(device); }
+static inline Code use_device(int device) { return hipSetDevice(device); }
 static inline Code processors(int* count) {
   int device = 0;
   const Code code = hipGetDevice(&device);
@@ -156,6 +158,8 @@ static inline Code open_handle(void** at, Handle handle) {
 }
 static inline Code close_handle(void* at) { return cudaIpcCloseMemHandle(at); }
 static inline Code can_reach(int* can, int device, int peer) { return cudaDeviceCanAccessPeer(can, device, peer); }
+static inline Code current_device(int* device) { return cudaGetDevice(device); }
+static inline Code use_device(int device) { return cudaSetDevice(device); }
 static inline Code processors(int* count) {
   int device = 0;
   const Code code = cudaGetDevice(&device);

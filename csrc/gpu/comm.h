@@ -33,6 +33,25 @@ struct Comm {
   Fault* fault;         // in host memory
   Fault* fault_device;  // the same, as the device sees it
   int row_blocks;       // that may share a row at most: 1 where the device has no groups of blocks
+  int device;           // that it was made on
+};
+
+// Makes a device the current one of this thread while it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : status_(current_device(&before_)), moved_(status_ == kNoError && before_ != device) {
+    if (moved_) status_ = use_device(device);
+  }
+  OnDevice(const OnDevice&) = delete;
+  ~OnDevice() {
+    if (moved_) (void)use_device(before_);
+  }
+  Code status() const { return status_; }
+
+ private:
+  int before_ = 0;
+  Code status_;
+  bool moved_;
 };
 
 int refuse(Status status, const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -62,6 +62,7 @@ inline int hipIpcOpenMemHandle(void**, hipIpcMemHandle_t, int) { return hipNone;
 inline int hipIpcCloseMemHandle(void*) { return hipNone; }
 inline int hipDeviceCanAccessPeer(int* can, int, int) { return *can = 1, 0; }
 inline int hipGetDevice(int* device) { return *device = 0, 0; }
+inline int hipSetDevice(int) { return 0; }
 inline int hipDeviceGetAttribute(int* count, int, int) { return *count = 132, 0; }
 template <class Kernel> int hipOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) { return *blocks = 8, 0; }
 inline int hipFuncGetAttributes(hipFuncAttributes*, const void*) { return 0; }
