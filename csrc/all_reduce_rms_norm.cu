@@ -5,7 +5,7 @@ namespace detinfer {
 namespace gpu {
 namespace {
 
-template <int K> constexpr int kBlockThreads = K == 1 ? kRowThreads : kMostRowThreads;
+template <int K> constexpr int kBlockThreads = most_row_threads(K);
 template <int K> constexpr int kBlocksAtOnce = kMostRowThreads / kBlockThreads<K>;  // on a processor: 64 registers a thread
 
 // How many packets of a thread are waited for at a time: as many as the registers hold.

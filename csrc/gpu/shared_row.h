@@ -11,6 +11,8 @@ static constexpr int kMostRowBlocks = 8;
 static constexpr int kSmallRowThreads = 256;  // of a block: groups fit on a device however its processors are wired
 static constexpr int kRowThreads = 512;       // ... if they are fewer
 static constexpr int kMostRowThreads = 1024;  // ... where a row is one block's and its threads have more packs than one
+// Threads of a block at most, for the kernel whose threads have `packs` packs each.
+static constexpr int most_row_threads(int packs) { return packs == 1 ? kRowThreads : kMostRowThreads; }
 
 // How a row is cut, for packs of `elements` and blocks of no more than `most` threads.
 struct RowShape {
@@ -23,7 +25,7 @@ static inline RowShape row_shape(int hidden, int elements, int blocks, int most)
   RowShape shape = {blocks, 0, 1, laps * kRowLanes / blocks * static_cast<int>(sizeof(float)), false};
   for (;; shape.packs *= 2) {
     shape.threads = (laps + shape.packs - 1) / shape.packs * chunks * 32;
-    shape.fits = shape.threads <= most;
+    shape.fits = shape.threads <= (most < most_row_threads(shape.packs) ? most : most_row_threads(shape.packs));
     if (shape.fits || shape.packs == 4) return shape;
   }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import threading
@@ -33,6 +34,7 @@ CHANGES = {
         ("peek(const uint32_t* count) { return", "peek(const uint32_t* count) { fibers::spin(); return"),
         ("bool* can) {  // see launch_groups()\n  *can = false;", "bool* can) {\n  *can = true;"),
         ("*groups = 0;", "*groups = 1 << 20;"),
+        ("(void)shared_bytes;", "if (fibers::set_shared((const void*)kernel, shared_bytes)) return hipInvalid;"),
     ),
     "gpu/link.h": (("if ((++turns_ & 1023u) == 0)", "fibers::spin();\n    if ((++turns_ & 1023u) == 0)"),),
     "all_reduce_rms_norm.cu": (
@@ -40,6 +42,9 @@ CHANGES = {
         ("__shared__ alignas(16) float", "alignas(16) __shared__ float"),
     ),
 }
+KERNEL = re.compile(r"(__launch_bounds__\(([^()]*)\)\s+\w+\([^()]*\) \{\n)")
+"""A kernel's beginning: what it says of threads in a block is held against every launch, as a GPU does."""
+KERNELS = {"gpu/packets.h": 3, "gpu/tiles.h": 2, "gpu/two_shot.h": 1, "all_reduce_rms_norm.cu": 3}
 SMALL = Geometry(
     push_channels=16, push_threads=256, tile_channels=6, tile_bytes=2048, part_bytes=8192, least_tile_bytes=512
 )
@@ -64,6 +69,10 @@ def library(folder: Path) -> Path:
             begin = text.index("#else  // groups of one block: never called")
             end = text.index("#endif", begin)
             text = text[:begin] + "#else\n" + (HERE / "groups.h").read_text() + text[end:]
+        (csrc / name).write_text(text)
+    for name, kernels in KERNELS.items():
+        text, found = KERNEL.subn(r"\1  if (fibers::over_bounds(\2)) return;\n", (csrc / name).read_text())
+        assert found == kernels, f"csrc/{name} has {found} kernels with bounds"
         (csrc / name).write_text(text)
     flags = [compiler, "-std=c++17", "-O1", "-fPIC", "-w", "-pthread", "-ffp-contract=off", f"-I{HERE}"]
     flags += ["-D__HIP__", "-D__HIPCC__", "-DDETINFER_RANKS_BUILT=3"]

@@ -109,6 +109,8 @@ def test_rms_norm(ranks: Ranks, mode: Any, weight_mode: Any) -> None:
         (1, 8, "float32"),
         (1, 2880, "bfloat16"),
         (3, 2056, "float32"),
+        (20, 1032, "float32"),
+        (9, 2056, "bfloat16"),
         (40, 104, "float16"),
         (7, 1000, "bfloat16"),
     ):

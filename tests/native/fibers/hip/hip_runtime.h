@@ -11,7 +11,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define __host__
@@ -36,14 +39,14 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 using hipError_t = int;
-static constexpr int hipSuccess = 0, hipNone = 1;
+static constexpr int hipSuccess = 0, hipNone = 1, hipInvalid = 2;
 using hipStream_t = void*;
 struct hipIpcMemHandle_t {
   char bytes[64];
 };
 struct hipFuncAttributes {};
 enum { hipDeviceMallocUncached, hipMemcpyHostToDevice, hipHostMallocMapped, hipIpcMemLazyEnablePeerAccess, hipDeviceAttributeMultiprocessorCount };
-inline const char* hipGetErrorString(int) { return "not on fibers"; }
+inline const char* hipGetErrorString(int code) { return code == hipInvalid ? "invalid argument" : "not on fibers"; }
 inline int hipMalloc(void** at, size_t bytes) {
   *at = aligned_alloc(512, (bytes + 511) / 512 * 512);
   return *at == nullptr;
@@ -55,7 +58,8 @@ inline int hipHostFree(void* at) { return free(at), 0; }
 inline int hipMemset(void* at, int byte, size_t bytes) { return memset(at, byte, bytes), 0; }
 inline int hipMemcpy(void* to, const void* from, size_t bytes, int) { return memcpy(to, from, bytes), 0; }
 inline int hipDeviceSynchronize() { return 0; }
-inline int hipGetLastError() { return 0; }
+inline thread_local int hipLastError = hipSuccess;  // of a launch
+inline int hipGetLastError() { return std::exchange(hipLastError, hipSuccess); }
 inline int hipHostGetDevicePointer(void** device, void* host, int) { return *device = host, 0; }
 inline int hipIpcGetMemHandle(hipIpcMemHandle_t*, void*) { return hipNone; }
 inline int hipIpcOpenMemHandle(void**, hipIpcMemHandle_t, int) { return hipNone; }
@@ -83,6 +87,7 @@ struct Warp {
 // Blocks that are launched together; each writes where what the others reach begins.
 struct Group {
   std::atomic<char*> begin[16] = {};
+  std::atomic<bool> refused{false};
 };
 struct Block {
   int threads = 0, live = 0, spins = 0, waiting = 0;
@@ -124,9 +129,33 @@ inline char* room() {
 }
 void run(const std::function<void()>& body, int index, int count, int threads, int shared_bytes);
 
+// The first thing that a kernel does is to say what it is built for: __launch_bounds__(most, ...). True: not this launch.
+inline bool over_bounds(int most, int = 1) {
+  const bool over = block.threads > most;
+  if (over) block.group->refused = true;
+  return over;
+}
+// Dynamic shared memory that a kernel may be launched with: what was set last, and 48 KiB where nothing was.
+inline std::mutex set_guard;
+inline std::map<const void*, int> set_bytes;
+inline int set_shared(const void* kernel, int bytes) {
+  const std::lock_guard<std::mutex> held(set_guard);
+  if (bytes > 0) set_bytes[kernel] = bytes;
+  return bytes > 227 << 10 ? hipInvalid : 0;
+}
+inline bool over_shared(const void* kernel, int bytes) {
+  const std::lock_guard<std::mutex> held(set_guard);
+  const auto found = set_bytes.find(kernel);
+  return bytes > (found == set_bytes.end() ? 48 << 10 : found->second);
+}
+
 // Groups of blocks one after another: block b of a rank waits for block b of other ranks alone.
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), int group, int count, int threads, int shared_bytes, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), int group, int count, int threads, int shared_bytes, Arguments... arguments) {
+  if (threads > 1024 || over_shared(reinterpret_cast<const void*>(kernel), shared_bytes)) {
+    hipLastError = hipInvalid;
+    return;
+  }
   const std::function<void()> body = [=] { kernel(arguments...); };
   for (int first = 0; first < count; first += group) {
     Group together;
@@ -139,8 +168,11 @@ int launch(void (*kernel)(Parameters...), int group, int count, int threads, int
         run(body, first + i, count, threads, shared_bytes);
       });
     for (auto& each : running) each.join();
+    if (together.refused) {
+      hipLastError = hipInvalid;
+      return;
+    }
   }
-  return 0;
 }
 
 // Where `at`, of this block, lies in block `other` of its group.
