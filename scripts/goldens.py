@@ -2,7 +2,8 @@
 
     python scripts/goldens.py [FOLDER ...]
 
-Runs in an environment that has the project (scripts/environment.py makes one); called by the nox session `goldens`.
+Runs in an environment that has the project (scripts/environment.py makes one); called by the nox session `goldens`. As
+many checks run at a time as there are CPUs: most of each is spent starting Python and importing torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TRIALS = "8"
@@ -39,19 +44,10 @@ def main(arguments: list[str]) -> int:
     folders = [Path(argument).resolve() for argument in arguments]
     folders = folders or sorted(path.parent for path in (CHECKOUT / "goldens").rglob("manifest.json"))
     failures = 0
-    variants = settings()
-    for folder in folders:
-        name = os.path.relpath(folder, CHECKOUT)
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        failures += not report(f"{name}: a reason is written", bool(manifest["reason"].strip()), 0.0, "it has none")
-        vectors = manifest.get("kind") == "vectors"  # csrc alone computes them: torch's settings are not in them
-        for setting, variables in variants.items():
-            if vectors and setting in SETTINGS and variables:
-                continue
-            failures += not report(
-                f"{name}: verify, {setting}", *detinfer(variables, "verify", name, "--n-trials", TRIALS)
-            )
-        failures += not report(f"{name}: record twice", *record_twice(folder))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        todo = [(name, pool.submit(check)) for name, check in checks(folders)]
+        for name, done in todo:
+            failures += not report(name, *done.result())
     print(f"{len(folders)} goldens, {failures} failed checks", flush=True)
     if not folders:
         print("there is no golden to check: goldens/ holds no manifest.json", flush=True)
@@ -59,7 +55,32 @@ def main(arguments: list[str]) -> int:
     return int(failures > 0)
 
 
-def record_twice(folder: Path) -> tuple[bool, float, str]:
+Outcome = tuple[bool, float, str]
+"""Whether a check passed, the seconds it took, what to print where it did not."""
+
+
+def checks(folders: list[Path]) -> Iterator[tuple[str, Callable[[], Outcome]]]:
+    """Every check of every golden: its name, and what makes it."""
+    variants = settings()
+    for folder in folders:
+        name = os.path.relpath(folder, CHECKOUT)
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        yield f"{name}: a reason is written", partial(has_reason, manifest)
+        vectors = manifest.get("kind") == "vectors"  # csrc alone computes them: torch's settings are not in them
+        for setting, variables in variants.items():
+            if vectors and setting in SETTINGS and variables:
+                continue
+            verify = partial(detinfer, variables, "verify", name, "--n-trials", TRIALS)
+            yield f"{name}: verify, {setting}", verify
+        yield f"{name}: record twice", partial(record_twice, folder)
+
+
+def has_reason(manifest: dict[str, Any]) -> Outcome:
+    """Whether the manifest says why the golden is as it is."""
+    return bool(manifest["reason"].strip()), 0.0, "it has none"
+
+
+def record_twice(folder: Path) -> Outcome:
     """Record two goldens with the command in the manifest, and compare all their bytes."""
     command = shlex.split(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["command"])
     start = time.monotonic()
@@ -75,7 +96,7 @@ def record_twice(folder: Path) -> tuple[bool, float, str]:
     return not different, time.monotonic() - start, f"these files differ: {', '.join(different)}"
 
 
-def detinfer(variables: dict[str, str], *arguments: str) -> tuple[bool, float, str]:
+def detinfer(variables: dict[str, str], *arguments: str) -> Outcome:
     """Run one command of detinfer from the checkout: whether its exit code is 0, seconds, its output."""
     start = time.monotonic()
     done = subprocess.run(
