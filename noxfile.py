@@ -15,10 +15,6 @@ nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
 
 REPORTS = Path("build/reports")
-TORCHES = ("2.11.0", "2.13.0", "newest")
-"""The oldest torch that is supported, the one that the checks run on, and what an index has."""
-INTERCEPTION = ("tests/policy/test_distributed.py", "tests/policy/test_front.py")
-"""Rows of the interception matrix: ways of calling a collective. TORCHES are its columns."""
 ELSEWHERE = {"build": "tests/test_packaging.py", "docs": "tests/test_docs.py"}
 """Test files that a session of their own runs."""
 
@@ -80,15 +76,11 @@ def hip(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/ops/test_attention_triton.py", env={"PYTHONPATH": path})
 
 
-@nox.session(default=False)
-@nox.parametrize("torch", TORCHES)
-def interception(session: nox.Session, torch: str) -> None:
-    """Every way of calling a collective is caught under this torch; each is an environment of its own of 1 to 5 GB."""
-    if not session.virtualenv.is_sandboxed:
-        session.error("interception needs an environment for each torch: run it without --no-venv")
-    session.install("torch" if torch == "newest" else f"torch=={torch}")
+@nox.session
+def interception(session: nox.Session) -> None:
+    """Every way of calling a collective is caught under the oldest torch and the newest (scripts/interception.py)."""
     environment(session, "dev", "hf")
-    pytest(session, *(session.posargs or INTERCEPTION))
+    session.run("python", "scripts/interception.py", *session.posargs)
 
 
 @nox.session

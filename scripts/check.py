@@ -18,7 +18,7 @@ from pathlib import Path
 import environment
 import hip
 
-SESSIONS = ("lint", "types", "build", "goldens", "demo", "docs", "tests")
+SESSIONS = ("lint", "types", "build", "goldens", "demo", "docs", "interception", "tests")
 WHERE_PREPARED = "hip"
 """A session that runs where its tools are (``hip.tools()``): they are large, and it has to be asked for to fetch them."""
 REPORTS = environment.CHECKOUT / "build" / "reports"
