@@ -331,6 +331,9 @@ def outcome(function: Case, w: World) -> dict[str, Any]:
 TRUSTED = ("all_reduce", "functional_all_reduce", "colwise_rowwise", "compiled_running", "reduce_scatter")
 """Cases that are run without tracing too."""
 
+ON_GPUS = ("llama",)
+"""Extras that are run between GPUs too."""
+
 
 def _since(before: Any, now: Any) -> dict[str, int]:
     """How often each collective was called since ``before``."""
@@ -364,7 +367,7 @@ def run_world(rank: int, size: int, folder: Path, device: str) -> None:
         found["trusted"] = {name: outcome(CASES[name], w) for name in TRUSTED}
     found["again"] = {name: outcome(CASES[name], w) for name in ("all_reduce", "functional_all_reduce")}
     for name, extra in distributed_extras.EXTRAS.items():
-        if device == "cpu":
+        if device == "cpu" or name in ON_GPUS:
             found[name] = extra(w, folder)
     (folder / f"{size}-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -5,6 +5,7 @@ Each writes what it saw to ``FOLDER/RANK.json``. ``python front_cases.py FOLDER 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import sys
@@ -37,6 +38,7 @@ class Own(torch.Tensor):
 
 
 def run(rank: int, size: int, folder: str, device: str) -> None:
+    faulthandler.dump_traceback_later(100, exit=True)  # where a rank that waits for ever stands
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -135,10 +137,9 @@ def run(rank: int, size: int, folder: str, device: str) -> None:
 
 if __name__ == "__main__":
     device = sys.argv[2] if len(sys.argv) > 2 else "cpu"
-    # NVML counts the GPUs: CUDA must not be started before the fork.
     size = min(torch.cuda.device_count(), 8) if device == "cuda" else 3
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=run, args=(rank, size, sys.argv[1], device)) for rank in range(size)]
+    start: Any = multiprocessing.get_context("spawn" if device == "cuda" else "fork")
+    ranks = [start.Process(target=run, args=(rank, size, sys.argv[1], device)) for rank in range(size)]
     for process in ranks:
         process.start()
     for process in ranks:

@@ -60,3 +60,12 @@ def test_decisions(ranks: Any) -> None:
         assert sums and {row["path"] for row in sums} == {"cuda/all_reduce"}
         assert sums[0]["proof"]["subject"] == f"all_reduce sum float32 {len(ranks)} ranks"
         assert sums[0]["proof"]["cases"] >= 4 * 2 * 67 * len(ranks)
+
+
+def test_transformers_tensor_parallelism(ranks: Any) -> None:
+    """from_pretrained(tp_plan="auto"): every sum over GPUs is the reference's, and a row does not see its batch."""
+    for rank in ranks:
+        found = rank["llama"]
+        assert found["sums"] == found["counts"][f"c10d::allreduce_(sum, {len(ranks)} ranks)"] == 5
+        assert found["same"] == found["sums"] and found["ranks agree"] and found["alone"]
+        assert len(ranks) == 2 or found["rotated"] > 0
