@@ -4,8 +4,9 @@ Bits means bytes. -0.0 and +0.0 differ, NaN payloads count, and nothing is round
 say that -0.0 equals +0.0 and that a NaN differs from itself.
 
 A **row** is the last dimension, all the dimensions before it flattened; a tensor of 0 or 1 dimensions is one row.
-Comparison and hashing run on numpy's views of the same memory and on one thread: on a busy machine, waking torch's
-threads for a comparison costs more than the comparison.
+On the CPU comparison and hashing run on numpy's views of the same memory and on one thread: on a busy machine, waking
+torch's threads for a comparison costs more than the comparison. Two tensors of one GPU are compared there, and what
+comes back is one bool for each row. Digests are always taken on the host.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import functools
 import hashlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -93,13 +94,17 @@ def rows_of(shape: torch.Size | tuple[int, ...], ndim_rows: int = 1) -> tuple[in
     return math.prod(shape[:cut]), math.prod(shape[cut:])
 
 
-def _flat_bytes(t: torch.Tensor) -> NDArray[np.uint8]:
-    """The tensor's bytes in row-major order, in this machine's byte order; no copy where it is contiguous already."""
+def _check_dense(t: torch.Tensor) -> None:
     if t.layout != torch.strided or t.is_quantized or t.is_nested:
         kind = "quantized" if t.is_quantized else "nested" if t.is_nested else str(t.layout)
         raise ValueError(f"a {kind} tensor has no single row of bytes: convert it to a dense tensor first")
     if t.device.type == "meta":
         raise ValueError("a tensor on the meta device has no bytes")
+
+
+def _flat_bytes(t: torch.Tensor) -> NDArray[np.uint8]:
+    """The tensor's bytes in row-major order, in this machine's byte order; no copy where it is contiguous already."""
+    _check_dense(t)
     plain = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
     flat = plain.reshape(-1)
     if flat.stride() != (1,):  # one element of a strided tensor counts as contiguous, whatever its stride
@@ -161,11 +166,15 @@ def row_digests(t: torch.Tensor, ndim_rows: int = 1) -> torch.Tensor:
     return torch.from_numpy(found)
 
 
-def _both(a: torch.Tensor, b: torch.Tensor) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _check_alike(a: torch.Tensor, b: torch.Tensor) -> None:
     if a.dtype != b.dtype:
         raise ValueError(f"dtypes differ: {dtype_name(a.dtype)} against {dtype_name(b.dtype)}")
     if a.shape != b.shape:
         raise ValueError(f"shapes differ: {list(a.shape)} against {list(b.shape)}")
+
+
+def _both(a: torch.Tensor, b: torch.Tensor) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    _check_alike(a, b)
     return _flat_bytes(a), _flat_bytes(b)
 
 
@@ -179,12 +188,34 @@ def _words(array: NDArray[np.uint8], width: int) -> NDArray[Any]:
 
 def _equal(a: torch.Tensor, b: torch.Tensor, count: int, elements: int) -> NDArray[np.bool_]:
     """bool [count]: which of ``count`` runs of ``elements`` elements have the same bytes."""
+    if a.device == b.device and a.device.type == "cuda":
+        found: NDArray[np.bool_] = _equal_there(a, b, count, elements).cpu().numpy()
+        return found
     x, y = _both(a, b)
     width = elements * a.dtype.itemsize
     if count == 0 or width == 0:
         return np.ones(count, dtype=np.bool_)
     same: NDArray[np.bool_] = (_words(x, width) == _words(y, width)).all(axis=1)
     return same
+
+
+def _equal_there(a: torch.Tensor, b: torch.Tensor, count: int, elements: int) -> torch.Tensor:
+    """``_equal`` by torch's own integer operations, on the device that both tensors lie on."""
+    _check_alike(a, b)
+    if count == 0 or elements == 0:
+        return torch.ones(count, dtype=torch.bool, device=a.device)
+    return (_words_there(a, count) == _words_there(b, count)).all(dim=1)
+
+
+def _words_there(t: torch.Tensor, count: int) -> torch.Tensor:
+    """[count, n] integers: the tensor's bytes where it lies, in words of its dtype's width or less."""
+    _check_dense(t)
+    flat = t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if flat.stride() != (1,):
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    # One word for each element: a view as a wider one would need another alignment of the address.
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[min(flat.dtype.itemsize, 8)]
+    return flat.view(kind).reshape(count, -1)
 
 
 @unseen
@@ -197,16 +228,22 @@ def rows_equal(a: torch.Tensor, b: torch.Tensor, ndim_rows: int = 1) -> torch.Te
 @unseen
 def count_mismatches(a: torch.Tensor, b: torch.Tensor) -> int:
     """Number of elements whose bytes differ. ValueError if dtypes or shapes differ."""
-    return int(np.count_nonzero(~_equal(a, b, a.numel(), 1)))
+    return sum(int(np.count_nonzero(~_equal(x, y, x.numel(), 1))) for x, y in _pieces(a, b))
 
 
 @unseen
 def first_mismatch(got: torch.Tensor, expected: torch.Tensor) -> Mismatch | None:
     """The first element whose bytes differ; None if all are the same. ValueError if dtypes or shapes differ."""
-    differs = ~_equal(got, expected, got.numel(), 1)
-    if not differs.any():
-        return None
-    flat = int(differs.argmax())
+    start = 0
+    for x, y in _pieces(got, expected):
+        differs = ~_equal(x, y, x.numel(), 1)
+        if differs.any():
+            return _mismatch(got, expected, start + int(differs.argmax()))
+        start += x.numel()
+    return None
+
+
+def _mismatch(got: torch.Tensor, expected: torch.Tensor, flat: int) -> Mismatch:
     index = tuple(int(i) for i in np.unravel_index(flat, tuple(got.shape)))
     row, element = divmod(flat, rows_of(got.shape)[1])
     x, y = got[index].detach().cpu(), expected[index].detach().cpu()
@@ -215,20 +252,39 @@ def first_mismatch(got: torch.Tensor, expected: torch.Tensor) -> Mismatch | None
     return Mismatch(flat, index, row, element, _hex(x), _hex(y), x.item(), y.item(), ulp)
 
 
+PIECE = 1 << 24
+"""Elements that are looked at together, so that a bool or a distance for each takes little memory."""
+
+
+def _pieces(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both tensors flat, PIECE elements at a time; at least one pair."""
+    _check_alike(a, b)
+    if a.numel() <= PIECE:
+        yield a, b
+        return
+    yield from zip(a.detach().reshape(-1).split(PIECE), b.detach().reshape(-1).split(PIECE), strict=True)
+
+
 @unseen
 def ulp_histogram(a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
     """How many elements are how far apart: ``0`` (the sign of a zero), ``1``, ``2``, ``3-4``, ``5-8`` and so on, ``nan``.
 
     Only elements whose bytes differ are counted; fp32, bf16 and fp16 of one shape.
     """
-    differs = torch.from_numpy(~_equal(a, b, a.numel(), 1)).reshape(a.shape).to(a.device)
-    apart = ulp_distance(a[differs], b[differs]).cpu().numpy()
-    found = {"nan": int((apart < 0).sum()), "0": int((apart == 0).sum())}
-    steps = np.ceil(np.log2(apart[apart > 0].astype(np.float64))).astype(np.int64)
-    for step, count in zip(*np.unique(steps, return_counts=True), strict=True):
-        low, high = (1 << int(step)) // 2 + 1, 1 << int(step)
-        found[f"{low}-{high}" if low < high else str(high)] = int(count)
-    return {name: count for name, count in found.items() if count}
+    nan = zero = 0
+    found: dict[int, int] = {}
+    for x, y in _pieces(a, b):
+        differs = torch.from_numpy(~_equal(x, y, x.numel(), 1)).reshape(x.shape).to(x.device)
+        apart = ulp_distance(x[differs], y[differs]).cpu().numpy()
+        nan, zero = nan + int((apart < 0).sum()), zero + int((apart == 0).sum())
+        steps = np.ceil(np.log2(apart[apart > 0].astype(np.float64))).astype(np.int64)
+        for step, count in zip(*np.unique(steps, return_counts=True), strict=True):
+            found[int(step)] = found.get(int(step), 0) + int(count)
+    named = {"nan": nan, "0": zero}
+    for step in sorted(found):
+        low, high = (1 << step) // 2 + 1, 1 << step
+        named[f"{low}-{high}" if low < high else str(high)] = found[step]
+    return {name: count for name, count in named.items() if count}
 
 
 def has_ulp(dtype: torch.dtype) -> bool:

@@ -226,3 +226,58 @@ def test_one_element_of_a_strided_tensor_has_bytes() -> None:
     assert bits.as_bytes(column) == b"\0" * 4
     found = bits.first_mismatch(torch.arange(8.0).reshape(2, 4)[1:, 1:2], torch.ones(1, 1))
     assert found is not None and (found.index, found.got, found.expected) == ((0, 0), "0x40a00000", "0x3f800000")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.complex128], ids=str)
+@pytest.mark.parametrize("shape", [(7, 33), (5, 1), (3, 4, 8), (9,), (), (0, 3), (3, 0)], ids=str)
+def test_comparing_where_a_tensor_lies_says_what_the_host_says(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The path of two tensors on a GPU, run on this machine's CPU: row by row the answer of numpy's views."""
+    rng = np.random.default_rng(len(shape))
+    size = (*shape, dtype.itemsize)
+    raw = rng.integers(0, 2 if dtype is torch.bool else 256, size, dtype=np.uint8)
+    other = raw.copy()
+    flat = other.reshape(-1)
+    flat[rng.integers(0, 3, flat.size) == 0] ^= 1
+    a, b = (torch.from_numpy(one).reshape(-1).view(dtype).reshape(shape) for one in (raw, other))
+    rows, elements = bits.rows_of(a.shape)
+    for count, width in ((rows, elements), (a.numel(), 1)):
+        for x, y in ((a, b), (a, a.clone()), (a.mT, b.mT) if a.dim() > 1 else (a, b)):
+            wanted = bits._equal(x, y, count, width)
+            assert bits.as_bytes(bits._equal_there(x, y, count, width)) == wanted.tobytes()
+
+
+def test_zeros_and_nan_are_compared_by_their_bits_where_they_lie() -> None:
+    """-0 is not +0, a NaN equals itself and no NaN of another payload."""
+    codes = torch.tensor([[0, 0], [0x7FC0, 0x7FC0], [0x7FC0, 0x7FC1]], dtype=torch.int32).to(torch.int16)
+    a = codes.view(torch.bfloat16)
+    b = torch.tensor([[0, -32768], [0x7FC0, 0x7FC0], [0x7FC0, 0x7FC0]], dtype=torch.int16).view(torch.bfloat16)
+    assert bits._equal_there(a, b, 3, 2).tolist() == [False, True, False]
+
+
+def test_tensors_are_looked_at_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts, the first mismatch and the histogram of a tensor of several pieces are those of the whole."""
+    rng = np.random.default_rng(2)
+    a = torch.from_numpy(rng.integers(-1000, 1000, (7, 13))).float()
+    b = a.clone()
+    b.view(torch.int32)[[3, 6, 6], [5, 0, 12]] += torch.tensor([1, 7, 2], dtype=torch.int32)
+    whole = bits.count_mismatches(a, b), bits.first_mismatch(a, b), bits.ulp_histogram(a, b)
+    assert (whole[0], whole[2]) == (3, {"1": 1, "2": 1, "5-8": 1})
+    monkeypatch.setattr(bits, "PIECE", 10)
+    assert (bits.count_mismatches(a, b), bits.first_mismatch(a, b), bits.ulp_histogram(a, b)) == whole
+    assert bits.first_mismatch(a, a.clone()) is None
+
+
+@pytest.mark.gpu
+def test_tensors_of_one_gpu_are_compared_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor travels to the host, and the answers are the host's."""
+    rng = np.random.default_rng(4)
+    a = torch.from_numpy(rng.integers(-9, 9, (40, 65))).bfloat16()
+    b = a.clone()
+    b.view(torch.int16)[17, 3] ^= 1
+    x, y = a.cuda(), b.cuda()
+    wanted = bits.rows_equal(a, b), bits.count_mismatches(a, b), bits.first_mismatch(a, b), bits.ulp_histogram(a, b)
+    monkeypatch.setattr(bits, "_flat_bytes", lambda t: pytest.fail("copied to the host"))
+    assert bits.rows_equal(x, y).tolist() == wanted[0].tolist()
+    assert (bits.count_mismatches(x, y), bits.ulp_histogram(x, y)) == (wanted[1], wanted[3])
+    monkeypatch.undo()
+    assert bits.first_mismatch(x, y) == wanted[2]

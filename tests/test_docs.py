@@ -123,7 +123,7 @@ def test_commands_parse(path: Path) -> None:
     [
         "detinfer record smollm2 -o runs --no-such-option",
         "detinfer remember smollm2",
-        "detinfer verify",
+        "detinfer diff a",
         "python3 scripts/none.py",
         "pip install detinfer",
         "python3 -m pip install 'detinfer[hf]'",

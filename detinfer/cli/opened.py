@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import torch
 from rich.console import Console
 
 from detinfer.cli import options, ranks
@@ -42,10 +44,12 @@ def opened(
     device: str | None,
     tp: int | None,
     reductions: Reductions | None,
+    alone: bool = False,
 ) -> Iterator[Opened]:
     """Read the golden, load the model (from ``spec``, else where it was recorded) and check that they belong together.
 
-    The policy is the golden's, with other ``reductions`` where they are given.
+    The policy is the golden's, with other ``reductions`` where they are given. ``alone`` loads the whole model here, also
+    where a launcher started this process as a rank.
     """
     from detinfer.goldens.format import Golden
     from detinfer.goldens.inputs import check_ranks, check_target, requests_of
@@ -55,10 +59,13 @@ def opened(
     with ExitStack() as stack:
         with console.status("reading the golden") as status:
             held = Golden.read(golden)
-            size = ranks.size(tp, held.manifest.ranks)
+            size = 1 if alone else ranks.size(tp, held.manifest.ranks)
             check_ranks(held, size)
             recorded = held.manifest.target
             where = targets.checked(device or ("cuda" if held.manifest.environment.get("gpu") else "cpu"))
+            if alone and where.type == "cuda" and "LOCAL_RANK" in os.environ:
+                where = targets.checked(f"cuda:{os.environ['LOCAL_RANK']}")
+                torch.cuda.set_device(where)
             targets.check_ranks(spec or recorded["spec"], size)
             status.stop()
             ranks.start(context, size)

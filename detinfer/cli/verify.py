@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -25,7 +26,7 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
 
 
 @click.command()
-@click.argument("golden", type=click.Path(path_type=Path))
+@click.argument("golden", type=click.Path(path_type=Path), required=False)
 @click.option("--n-trials", default=50, show_default=True, help="Batches to form and replay.")
 @click.option("--seed", default=0, show_default=True, help="Seed of batch sizes and positions.")
 @options.layers_option
@@ -44,6 +45,14 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
 @options.device_option
 @click.option("--tp", type=int, metavar="N", help="Ranks [default: as recorded; of vectors, all].")
 @options.reductions_option
+@click.option("--jobs", type=int, metavar="N", help="Share the trials over N processes, or over those of torchrun.")
+@click.option(
+    "--resume",
+    "resume_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Go on with an interrupted run, from the file that it left.",
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON.")
 @click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a page for people.")
 @click.option("--junit-xml", "junit_file", type=click.Path(dir_okay=False, path_type=Path), help="Write JUnit XML.")
@@ -51,7 +60,7 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
 @click.pass_context
 def verify(
     context: click.Context,
-    golden: Path,
+    golden: Path | None,
     n_trials: int,
     seed: int,
     layers: str | None,
@@ -64,6 +73,8 @@ def verify(
     device: str | None,
     tp: int | None,
     reductions: Reductions | None,
+    jobs: int | None,
+    resume_file: Path | None,
     json_file: Path | None,
     html_file: Path | None,
     junit_file: Path | None,
@@ -77,26 +88,53 @@ def verify(
     """
     from detinfer.goldens.vectors.file import is_vectors
 
-    if is_vectors(golden):
+    if golden is None and resume_file is None:
+        raise click.UsageError("Missing argument 'GOLDEN'.", context)
+    if resume_file is None and golden is not None and is_vectors(golden):
         context.exit(vectors.verify(golden, tp, json_file))
+    from detinfer.cli import jobs as shared
     from detinfer.goldens import axes
     from detinfer.goldens.inputs import Options
+    from detinfer.goldens.resume import Interrupted
     from detinfer.goldens.verify import verify as verify_golden
     from detinfer.reporters import json as json_reporter
     from detinfer.reporters import text
 
-    chosen = Options(n_trials, seed, layers, batch_sizes, control, fail_fast, only_trial, axes.chosen(axis_names))
+    saved: dict[str, Any] | None = None
+    if resume_file is None:
+        chosen = Options(n_trials, seed, layers, batch_sizes, control, fail_fast, only_trial, axes.chosen(axis_names))
+    else:
+        before = shared.interrupted(context, resume_file)
+        saved, chosen, golden = before.held, before.options, golden or before.path
+    assert golden is not None
+    shared.check(jobs, tp)
     console = Console(stderr=True, highlight=False, quiet=ranks.number() > 0)
-    with opened(context, golden, console, spec=spec, device=device, tp=tp, reductions=reductions) as held:
+    opening = opened(
+        context, golden, console, spec=spec, device=device, tp=tp, reductions=reductions, alone=jobs is not None
+    )
+    with shared.stopping(), opening as held:
+        if saved is not None and resume_file is not None:
+            shared.check_saved(saved, resume_file, held)
         columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
+        with (
+            shared.pool(jobs, held, chosen) as pool,
+            Progress(*columns, console=console, transient=True) as bar,
+        ):
+            if pool is None and jobs is not None:  # a process of torchrun whose work is done
+                return
             task = bar.add_task("inputs")
 
             def progress(part: str, done: int, total: int) -> None:
                 bar.update(task, description=part, completed=done, total=total)
 
             parts = held.golden, held.target, held.requests, held.policy
-            result = verify_golden(*parts, chosen, progress, held.ranks)
+            try:
+                result = verify_golden(*parts, chosen, progress, held.ranks, pool, saved)
+            except Interrupted as stop:
+                file = json_file or resume_file or Path(f"{golden.name}.interrupted.json")
+                json_reporter.write(stop.result, file)
+                console.print(f"interrupted: detinfer verify --resume {file} goes on", soft_wrap=True)
+                raise
         if held.ranks.rank == 0:
             if json_file is not None:
                 json_reporter.write(result, json_file)

@@ -62,6 +62,11 @@ def place() -> Place | None:
     return Place(rank, size, name)
 
 
+def launched_size() -> int:
+    """How many processes a launcher started, on all hosts; 1 where none did."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else 1
+
+
 def join(mine: Place, timeout: float = WAIT) -> Communicator:
     """Connect the ranks of one launch."""
     return connect(name=mine.name, rank=mine.rank, size=mine.size, timeout=timeout)

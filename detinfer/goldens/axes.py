@@ -134,21 +134,36 @@ class Walk:
         return found
 
     def case(self, axis: Axis, number: int, seed: int) -> bool:
-        """Run case ``number`` of an axis; whether a row differs. A refused operation ends the axis with its reason."""
+        """Run case ``number`` of an axis and add it to ``results``; whether a row differs."""
+        part = self.part(axis, number, seed)
+        self.add(part)
+        return part.rows_differing > 0
+
+    def part(self, axis: Axis, number: int, seed: int) -> AxisResult:
+        """What case ``number`` of an axis finds, on its own. A refused operation makes it ``not_run``, with the reason."""
         assert self.model is not None and axis.way is not None
-        found = self.results[axis.name]
-        before = found.rows_differing
+        found = AxisResult(axis.name, axis.what, "same")
         try:
             for rows in axis.way(self.model, random.Random(f"{seed}/{axis.name}/{number}")):
                 self._judge(axis, number, rows, found)
         except RefusedError as error:
             found.verdict, found.note = "not_run", str(error)
-            return False
+        return found
+
+    def add(self, part: AxisResult) -> None:
+        """Count a case in. Cases added in the order of their numbers give the same result wherever they were run."""
+        found = self.results[part.name]
+        found.comparisons += part.comparisons
+        found.rows_compared += part.rows_compared
+        found.rows_differing += part.rows_differing
+        found.first = found.first or part.first
+        if part.verdict == "not_run":
+            found.verdict, found.note = "not_run", part.note
+            return
         if found.verdict == "not_run":
             found.verdict = "same"
         if found.rows_differing:
             found.verdict = "diverged"
-        return found.rows_differing > before
 
     @bits.unseen
     def _judge(self, axis: Axis, number: int, rows: Rows, found: AxisResult) -> None:

@@ -39,13 +39,16 @@ def find(one: Node, two: Node) -> Dimensions:
 
 
 @bits.unseen
-def join(nodes: Sequence[Node], dimensions: Dimensions) -> Node:
-    """One node whose batched tensors are those of ``nodes``, one after another; the rest is the first node's."""
-    held = [dict(tensors(node)) for node in nodes]
+def join(nodes: Sequence[Node], dimensions: Dimensions, held: Sequence[dict[str, torch.Tensor]] | None = None) -> Node:
+    """One node whose batched tensors are those of ``nodes``, one after another; the rest is the first node's.
+
+    ``held`` are the nodes' tensors by path, where the caller has them.
+    """
+    parts = held if held is not None else [dict(tensors(node)) for node in nodes]
 
     def leaf(path: str, tensor: torch.Tensor) -> torch.Tensor:
         dim = dimensions[path]
-        return tensor if dim is None else torch.cat([one[path] for one in held], dim)
+        return tensor if dim is None else torch.cat([one[path] for one in parts], dim)
 
     return map_tensors(nodes[0], leaf)
 

@@ -9,7 +9,19 @@ import torch
 from detinfer.goldens.axes import Axis, Walk
 from detinfer.goldens.result import Control
 from detinfer.goldens.sweep import Sweep, Trial
-from detinfer.models.ranks import Ranks
+from detinfer.goldens.tasks import Done, Task, Tasks, tasks
+
+Share = Callable[[Sequence[Task], Tasks], None]
+"""Runs those of some tasks that are not done yet."""
+
+
+def prepare(sweep: Sweep, trials: Sequence[Trial], axes: Sequence[Axis], seed: int) -> Tasks:
+    """The tasks of a control, ready to run; call it with no policy in force and keep it so."""
+    for _ in sweep.alone():
+        pass
+    walk = Walk(sweep.target, sweep.requests, sweep.results)
+    able = walk.able([axis.name for axis in axes])
+    return Tasks(sweep, walk, {axis.name: axis for axis in able}, {trial.number: trial for trial in trials}, seed)
 
 
 def run_control(
@@ -18,24 +30,17 @@ def run_control(
     axes: Sequence[Axis],
     cases: Sequence[int],
     seed: int,
-    progress: Callable[[str, int, int], None],
-    ranks: Ranks,
+    done: Done,
+    share: Share,
 ) -> Control:
     """Run these trials, and these cases of every axis, with no policy in force."""
     with torch.no_grad():
-        for _ in sweep.alone():
-            pass
+        held = prepare(sweep, trials, axes, seed)
         sweep.expect(trials)
-        for done, trial in enumerate(trials):
-            progress("control", done, len(trials))
-            sweep.trial(trial)
-            ranks.settle()
-        walk = Walk(sweep.target, sweep.requests, sweep.results)
-        for axis in walk.able([axis.name for axis in axes]):
-            for number in cases:
-                walk.case(axis, number, seed)
-                ranks.settle()
-    found, walked = sweep.found, list(walk.results.values())
+        of = tasks(trials, list(held.axes), cases, control=True)
+        share(of, held)
+    held.count(of, done, fail_fast=False)
+    found, walked = sweep.found, list(held.walk.results.values())
     differs = found.diverged_trials or any(axis.rows_differing for axis in walked)
     firsts = [*found.divergences, *(axis.first for axis in walked if axis.first is not None)]
     return Control(

@@ -15,10 +15,11 @@ from detinfer.goldens.axes import NAMES, SWEPT
 from detinfer.goldens.capture import Call
 from detinfer.goldens.collect import WHOLE, collect
 from detinfer.goldens.format import Golden
-from detinfer.goldens.replay import Replay
+from detinfer.goldens.replay import Replay, replays
 from detinfer.goldens.runner import Request
 from detinfer.goldens.sweep import Key, Trial, plan
 from detinfer.goldens.tree import Node
+from detinfer.goldens.units import pattern
 from detinfer.models.ranks import Ranks
 from detinfer.models.targets import device_of
 from detinfer.policy import Policy
@@ -120,6 +121,26 @@ def check_ranks(golden: Golden, size: int) -> None:
             f"{golden.path}: recorded on {recorded} rank{'s' if recorded > 1 else ''}, verified on {size}: each number of "
             f"ranks has bits of its own. Use --tp {recorded}, or record a golden with --tp {size}"
         )
+
+
+def chosen_units(
+    golden: Golden, target: Any, policy: Policy, options: Options, ranks: Ranks
+) -> tuple[list[Replay], list[dict[str, Any]], Any]:
+    """The units to replay, their entries in the manifest, and the batch dimensions of the whole model's results.
+
+    The whole model is left out (None) when layers are picked: the line that redoes one comparison redoes just that.
+    """
+    manifest = golden.manifest
+    matches = pattern(options.layers).search
+    own = [unit for unit in manifest.units if unit.get("rank", 0) == ranks.rank]
+    chosen = [unit for unit in own if matches(unit["name"]) is not None]
+    if reductions_of(manifest) != policy.reductions:  # stale, and some layers are others: judge those that are here
+        here = {name for name, _ in target.module.named_modules()}
+        chosen = [unit for unit in chosen if unit["kind"] == "attention" or unit["name"] in here]
+    if options.layers is not None and not chosen:
+        raise UsageError(f"--layers {options.layers!r} matches none of the golden's {len(own)} units")
+    whole = manifest.outputs["batch"]["outputs"] if options.layers is None else None
+    return replays(target.module, chosen), chosen, whole
 
 
 def load_inputs(

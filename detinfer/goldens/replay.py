@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import nn
@@ -32,11 +32,12 @@ class Replay:
     arguments: dict[tuple[int, int], Node] = field(default_factory=dict)
     alone: dict[tuple[int, int], Node] = field(default_factory=dict)
     _company: dict[tuple[int, int], str] = field(default_factory=dict)
+    _flat: dict[str, dict[tuple[int, int], tuple[Node, dict[str, Any]]]] = field(default_factory=dict)
 
     def run(self, keys: Sequence[tuple[int, int]]) -> Node:
         """The node of the outputs of one batch, its rows being the calls ``keys`` in that order."""
         step = keys[0][1]
-        joined = join([self.arguments[key] for key in keys], self.arguments_batch[phase(step)])
+        joined = self._joined("arguments", keys, self.arguments_batch[phase(step)])
         args, kwargs = tree.decode(joined)
         call: Any = F.scaled_dot_product_attention if self.module is None else self.module
         output = call(*args, **kwargs)
@@ -45,7 +46,18 @@ class Replay:
 
     def expected(self, keys: Sequence[tuple[int, int]]) -> Node:
         """The outputs of the same calls alone, put together the same way."""
-        return join([self.alone[key] for key in keys], self.outputs_batch[phase(keys[0][1])])
+        return self._joined("alone", keys, self.outputs_batch[phase(keys[0][1])])
+
+    def _joined(
+        self, which: Literal["arguments", "alone"], keys: Sequence[tuple[int, int]], dimensions: Dimensions
+    ) -> Node:
+        nodes: dict[tuple[int, int], Node] = getattr(self, which)
+        # A call's tensors are looked up once, not for every batch that it stands in.
+        flat = self._flat.setdefault(which, {})
+        for key in keys:
+            if key not in flat or flat[key][0] is not nodes[key]:
+                flat[key] = nodes[key], dict(tree.tensors(nodes[key]))
+        return join([nodes[key] for key in keys], dimensions, [flat[key][1] for key in keys])
 
     def companies(self, keys: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """The calls, parted into batches whose members may stand together, their order kept."""

@@ -196,7 +196,8 @@ class Control:
 class Result:
     """Everything that ``detinfer verify`` found; ``sweep`` holds the options that a trial is planned from.
 
-    ``environment`` is the machine's of this run (``environment.Environment``).
+    ``environment`` is the machine's of this run (``environment.Environment``). ``unfinished`` is there where the run was
+    interrupted: what ``resume`` goes on from.
     """
 
     path: str
@@ -213,6 +214,7 @@ class Result:
     schema: int = SCHEMA
     sweep: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    unfinished: dict[str, Any] | None = None
 
     def exit_code(self) -> int:
         """Diverged before stale before vacuous; the control is never judged."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from detinfer import bits
 from detinfer.goldens.batch import Dimensions, join
 from detinfer.goldens.collect import WHOLE, phase
 from detinfer.goldens.compare import Difference, Rows, compare, rows_of
@@ -67,9 +69,9 @@ def _size(number: int, seed: int) -> int:
 
 @dataclass
 class Swept:
-    """What a sweep counted and found."""
+    """What a trial, or the whole of a sweep, counted and found."""
 
-    tallies: dict[str, Tally]
+    tallies: dict[str, Tally] = field(default_factory=dict)
     divergences: list[Divergence] = field(default_factory=list)
     diverged_trials: set[int] = field(default_factory=set)
     batches: int = 0
@@ -87,6 +89,21 @@ class Swept:
     def rows_possible(self) -> int:
         return sum(tally.rows_possible for tally in self.tallies.values())
 
+    def add(self, part: Swept) -> None:
+        """Count a trial in. Trials added in the order of their numbers give the same sweep wherever they were run."""
+        for name, tally in part.tallies.items():
+            whole = self.tallies.setdefault(name, Tally(tally.name, tally.kind, tally.type))
+            whole.rows_compared += tally.rows_compared
+            whole.rows_differing += tally.rows_differing
+            whole.batches += tally.batches
+            for ours, theirs in ((whole.ulps, tally.ulps), (whole.trials, tally.trials)):
+                for what, count in theirs.items():
+                    ours[what] = ours.get(what, 0) + count
+        self.divergences += part.divergences[: KEPT - len(self.divergences)]
+        self.diverged_trials |= part.diverged_trials
+        self.batches += part.batches
+        self.batch_rows += part.batch_rows
+
 
 class Sweep:
     """Replays units and the whole model in batches; ``alone`` must have been run before, under the same policy."""
@@ -100,7 +117,7 @@ class Sweep:
         command: Callable[[str, int], str] = lambda unit, trial: "",
     ) -> None:
         self.target, self.requests, self._units = target, requests, units
-        self._whole, self._command = whole, command
+        self.whole, self._whole, self._command = whole is not None, whole, command
         self.results: dict[Key, Node] = {}
         """What the whole model gave for each request alone; filled by ``alone``."""
         self.found = Swept({unit.name: Tally(unit.name, unit.kind, unit.type) for unit in units})
@@ -118,6 +135,17 @@ class Sweep:
                 for step, node in enumerate(run(self.target, [request])):
                     self.results[index, step] = node
                     yield None, (index, step), node
+
+    def digest(self) -> str:
+        """SHA-256 over what the whole model gave alone, or where it is left out every unit: tells two runs apart."""
+        nodes = [node for _, node in sorted(self.results.items())]
+        if self._whole is None:
+            nodes = [unit.alone[key] for unit in self._units for key in sorted(unit.alone)]
+        whole = hashlib.sha256()
+        for node in nodes:
+            for path, tensor in tensors(node):
+                whole.update(f"{path} {bits.digest(tensor)}\n".encode())
+        return whole.hexdigest()
 
     def expect(self, trials: Sequence[Trial]) -> None:
         """Count the rows that these trials can compare, so that what was left out shows."""
@@ -138,24 +166,25 @@ class Sweep:
             if all(key in unit.alone for key in keys):  # else a layer that these requests do not pass through
                 yield from unit.companies(keys)
 
-    def trial(self, trial: Trial) -> int:
-        """Run one trial; returns how many rows differ."""
-        before = self.found.rows_differing
+    def trial(self, trial: Trial) -> Swept:
+        """Run one trial; what it found is not counted in ``found`` until it is added there."""
+        part = Swept()
         for unit in self._units:
-            for part in self._parts(unit, trial):
-                self._judge(trial, unit, part, unit.run(part), unit.expected(part), unit.outputs_batch)
+            for keys in self._parts(unit, trial):
+                self._judge(part, trial, unit, keys, unit.run(keys), unit.expected(keys), unit.outputs_batch)
         if self._whole is not None:
             results = run(self.target, [self.requests[index] for index in trial.batch])
             for step, got in enumerate(results):
                 keys = [(index, step) for index in trial.batch]
                 expected = join([self.results[key] for key in keys], self._whole[phase(step)])
-                self._judge(trial, None, keys, got, expected, self._whole)
-        if self.found.rows_differing > before:
-            self.found.diverged_trials.add(trial.number)
-        return self.found.rows_differing - before
+                self._judge(part, trial, None, keys, got, expected, self._whole)
+        if part.rows_differing:
+            part.diverged_trials.add(trial.number)
+        return part
 
     def _judge(
         self,
+        part: Swept,
         trial: Trial,
         unit: Replay | None,
         keys: Sequence[Key],
@@ -164,7 +193,11 @@ class Sweep:
         dimensions: dict[str, Dimensions],
     ) -> None:
         step = keys[0][1]
-        tally = self.found.tallies[WHOLE if unit is None else unit.name]
+        name = WHOLE if unit is None else unit.name
+        if name not in part.tallies:
+            kind, type_name = ("model", type(self.target.module).__name__) if unit is None else (unit.kind, unit.type)
+            part.tallies[name] = Tally(name, kind, type_name)
+        tally = part.tallies[name]
         rows = compare(got, expected, dimensions[phase(step)], len(keys))
         tally.rows_compared += rows.compared
         tally.rows_differing += rows.differing
@@ -173,12 +206,12 @@ class Sweep:
             tally.ulps[distance] = tally.ulps.get(distance, 0) + count
         if rows.differing:
             tally.trials[str(trial.number)] = tally.trials.get(str(trial.number), 0) + rows.differing
-        self.found.batches += 1
-        self.found.batch_rows += len(keys)
-        if rows.first is not None and len(self.found.divergences) < KEPT:
+        part.batches += 1
+        part.batch_rows += len(keys)
+        if rows.first is not None and len(part.divergences) < KEPT:
             found = divergence(tally, step, keys, rows, rows.first)
             found = replace(found, trial=trial.number, batch=len(keys), command=self._command(tally.name, trial.number))
-            self.found.divergences.append(found)
+            part.divergences.append(found)
 
 
 def _possible(nodes: Sequence[Node], dimensions: Dimensions) -> int:

@@ -152,8 +152,27 @@ def map_tensors(node: Node, leaf: Leaf, path: str = "") -> Node:
 def tensors(node: Node) -> Iterator[tuple[str, Any]]:
     """Every (path, tensor) of a node, in its own order."""
     found: list[tuple[str, Any]] = []
-    map_tensors(node, lambda path, tensor: found.append((path, tensor)))
+    _gather(node, "", found)
     return iter(found)
+
+
+def _gather(node: Node, path: str, found: list[tuple[str, Any]]) -> None:
+    # A walk of its own, which builds no second node: a verification makes millions of them.
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        found.append((path, content))
+        return
+    before = path + "." if path else ""
+    if kind in ("list", "tuple"):
+        for i, item in enumerate(content):
+            _gather(item, f"{before}{i}", found)
+    elif kind == "dict":
+        for name, item in content.items():
+            _gather(item, before + name, found)
+    elif kind in ("cache", "kv"):
+        for index, layer in content.items():
+            for part, item in layer.items():
+                _gather(item, f"{before}{index}.{part}", found)
 
 
 def caches(value: Any) -> Iterator[Any]:

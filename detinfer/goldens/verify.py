@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from detinfer import bits, environment, native
-from detinfer.errors import UsageError
 from detinfer.goldens import axes, stress_inputs, tree
-from detinfer.goldens.axes import Walk
 from detinfer.goldens.cause.find import find
 from detinfer.goldens.collect import WHOLE
 from detinfer.goldens.compare import by_digests, compare
 from detinfer.goldens.control import run_control
 from detinfer.goldens.format import Golden
-from detinfer.goldens.inputs import Options, check_ranks, load_inputs, reductions_of
+from detinfer.goldens.inputs import Options, check_ranks, chosen_units, load_inputs, reductions_of
+from detinfer.goldens.jobs import Pool
 from detinfer.goldens.merge import merge
-from detinfer.goldens.replay import Replay, replays
+from detinfer.goldens.replay import Replay
 from detinfer.goldens.result import AxisResult, Comparison, Control, Divergence, Invariance, Result, Sensitivity, Tally
+from detinfer.goldens.resume import Interrupted, check_alone, done_of, unfinished
 from detinfer.goldens.runner import Request
 from detinfer.goldens.stress import probe
 from detinfer.goldens.stress_ranks import probe_ranks
 from detinfer.goldens.sweep import Key, Sweep, Trial, divergence
+from detinfer.goldens.tasks import Done, Task, Tasks, check_again, ready, run_here, sweep_of, tasks
 from detinfer.goldens.tree import Node
-from detinfer.goldens.units import pattern
 from detinfer.models.ranks import ALONE, Ranks
 from detinfer.models.targets import device_of
 from detinfer.policy import Policy, deterministic
@@ -44,88 +44,116 @@ def verify(
     options: Options,
     progress: Progress = lambda part, done, total: None,
     ranks: Ranks = ALONE,
+    pool: Pool | None = None,
+    saved: dict[str, Any] | None = None,
 ) -> Result:
     """Judge invariance and golden under ``policy``; with ``options.control`` also report the sweep without it.
 
-    On several ``ranks`` all call this together: each replays its own units, and all get the result of all.
+    On several ``ranks`` all call this together: each replays its own units, and all get the result of all. The workers
+    of a ``pool`` share the trials out; ``saved`` is the result of an interrupted run of the same options, as JSON values.
+
+    Raises Interrupted, which holds what was found, where a KeyboardInterrupt comes; on several ranks that itself.
     """
     manifest = golden.manifest
     check_ranks(golden, ranks.size)
-    matches = pattern(options.layers).search
-    own = [unit for unit in manifest.units if unit.get("rank", 0) == ranks.rank]
-    chosen = [unit for unit in own if matches(unit["name"]) is not None]
-    if reductions_of(manifest) != policy.reductions:  # stale, and some layers are others: judge those that are here
-        here = {name for name, _ in target.module.named_modules()}
-        chosen = [unit for unit in chosen if unit["kind"] == "attention" or unit["name"] in here]
-    if options.layers is not None and not chosen:
-        raise UsageError(f"--layers {options.layers!r} matches none of the golden's {len(own)} units")
-    units = replays(target.module, chosen)
-    # The whole model is left out when layers are picked: the line that redoes one comparison redoes just that.
-    whole = manifest.outputs["batch"]["outputs"] if options.layers is None else None
-    trials = options.trials(requests)
+    units, chosen, whole = chosen_units(golden, target, policy, options, ranks)
+    trials, cases = options.trials(requests), options.cases()
     redo = lambda unit, trial: options.redo(str(golden.path), unit, trial)  # noqa: E731
+    now = environment.capture(native.isa(), target.libraries, device_of(target.module))
     result = Result(
         path=str(golden.path),
         target=manifest.target["spec"],
         dtype=manifest.target["dtype"],
         policy=policy.to_json(),
         seed=options.seed,
-        environment=environment.capture(native.isa(), target.libraries, device_of(target.module)).to_json(),
+        environment=now.to_json(),
         sweep={"n_trials": max(options.n_trials, (options.only_trial or 0) + 1), "batch_sizes": options.batch_sizes},
         invariance=Invariance(),
         golden=Comparison(),
         control=Control(),
     )
     clock = _Clock(result.seconds)
+    before: Done = {} if saved is None else done_of(saved)
+    done: Done = {}
+    alone = ""
+    traced: list[Task] = []
+    rest: list[Task] = []
 
-    with deterministic(policy) as active:
-        progress("inputs", 0, 1)
-        recomputed = load_inputs(golden, target, requests, units, chosen, ranks)
-        clock("inputs")
-        sweep = Sweep(target, requests, units, whole, redo)
-        result.golden = _judge_golden(golden, sweep, units, chosen, recomputed, progress, redo)
-        sweep.expect(trials)
-        clock("alone")
-        # The first trial and the first case of each axis are traced, as the runs alone were.
-        _run(sweep, trials[:1], options, progress, len(trials), ranks)
-        walk = Walk(
-            target, requests, sweep.results, lambda axis, case: options.redo(str(golden.path), WHOLE, case, axis)
-        )
-        able = walk.able(options.axes if whole is not None else ())
-        cases = options.cases()
-        _walk(walk, able, cases[:1], options, progress, ranks)
-    with deterministic(replace(policy, uncovered="trust")):
-        if not (options.fail_fast and ranks.any(bool(sweep.found.divergences))):
-            _run(sweep, trials[1:], options, progress, len(trials), ranks)
-            clock("trials")
-            _walk(walk, able, cases[1:], options, progress, ranks)
-        clock("axes")
-        progress("stress", 0, 1)
-        sensitivity, order_free = _sensitivity(active, ranks, device_of(target.module))
-        clock("stress")
-    result.decisions = [*active.decisions_json(), *ranks.decisions()]
-    found = sweep.found
-    swept = axes.swept(options.axes, trials, found.rows_compared, found.rows_differing, found.batches)
-    result.invariance = _invariance(sweep, trials, chosen, sensitivity, order_free, [*swept, *walk.results.values()])
-    result.golden = _staleness(result.golden, manifest, target, result.decisions, policy)
+    def share(of: Sequence[Task], held: Tasks, part: str = "trials") -> None:
+        total = len(of)
+        if pool is not None:
+            pool.run(of, held.run, done, options.fail_fast, lambda number: progress(part, number, total))
+        else:
+            run_here(of, held.run, done, options.fail_fast, ranks, lambda number: progress(part, number, total))
 
-    if result.invariance.first is not None and ranks.size == 1:
-        progress("cause", 0, 1)
+    try:
+        with deterministic(policy) as active:
+            progress("inputs", 0, 1)
+            recomputed = load_inputs(golden, target, requests, units, chosen, ranks)
+            clock("inputs")
+            sweep = sweep_of(golden, target, requests, units, whole, options)
+            result.golden = _judge_golden(golden, sweep, units, chosen, recomputed, progress, redo)
+            del recomputed
+            sweep.expect(trials)
+            clock("alone")
+            held = ready(golden, sweep, options)
+            names, walk = list(held.axes), held.walk
+            alone = sweep.digest()
+            if saved is not None:
+                check_alone(saved, alone)
+            if pool is not None:
+                pool.alone = alone
+            # The first trial and the first case of each axis are traced, as the runs alone were.
+            traced = [*tasks(trials[:1], (), ()), *tasks((), names, cases[:1])]
+            rest = [*tasks(trials[1:], (), ()), *tasks((), names, cases[1:])]
+            run_here(
+                traced, held.run, done, options.fail_fast, ranks, lambda number: progress("traced", number, len(traced))
+            )
+            for key in done.keys() & before.keys():
+                check_again(key, before[key], done[key])
+            done.update(before)
         with deterministic(replace(policy, uncovered="trust")):
-            located = find(target, requests, units, trials, result.invariance.first, options.seed)
-        result.invariance.cause = located.cause if located is not None else None
-        clock("cause")
-    if options.control:
-        half = trials[: (len(trials) + 1) // 2]
-        part = cases[: (len(cases) + 1) // 2]
-        control = Sweep(target, requests, units, whole, redo)
-        result.control = run_control(control, half, able, part, options.seed, progress, ranks)
-        first = result.control.first
-        if first is not None and result.invariance.first is None and ranks.size == 1:
-            with torch.no_grad():
-                located = find(target, requests, units, half, first, options.seed)
-            result.control.cause = located.cause if located is not None else None
-        clock("control")
+            if not (options.fail_fast and ranks.any(any(part.rows_differing for part in done.values()))):
+                share(rest, held)
+            clock("trials")
+            progress("stress", 0, 1)
+            sensitivity, order_free = _sensitivity(active, ranks, device_of(target.module))
+            clock("stress")
+        held.count([*traced, *rest], done, options.fail_fast)
+        result.decisions = [*active.decisions_json(), *ranks.decisions()]
+        found = sweep.found
+        swept = axes.swept(options.axes, trials, found.rows_compared, found.rows_differing, found.batches)
+        result.invariance = _invariance(
+            sweep, trials, chosen, sensitivity, order_free, [*swept, *walk.results.values()]
+        )
+        result.golden = _staleness(result.golden, manifest, target, result.decisions, policy)
+
+        if result.invariance.first is not None and ranks.size == 1:
+            progress("cause", 0, 1)
+            with deterministic(replace(policy, uncovered="trust")):
+                located = find(target, requests, units, trials, result.invariance.first, options.seed)
+            result.invariance.cause = located.cause if located is not None else None
+            clock("cause")
+        if options.control:
+            half = trials[: (len(trials) + 1) // 2]
+            part = cases[: (len(cases) + 1) // 2]
+            control = sweep_of(golden, target, requests, units, whole, options)
+            able = list(held.axes.values())
+            result.control = run_control(
+                control, half, able, part, options.seed, done, lambda of, by: share(of, by, "control")
+            )
+            first = result.control.first
+            if first is not None and result.invariance.first is None and ranks.size == 1:
+                with torch.no_grad():
+                    located = find(target, requests, units, half, first, options.seed)
+                result.control.cause = located.cause if located is not None else None
+            clock("control")
+    except KeyboardInterrupt:
+        if ranks.size > 1:  # what one rank has found says nothing without the others
+            raise
+        raise Interrupted(
+            unfinished(result, golden, options, alone, {**before, **done}, len(traced) + len(rest))
+        ) from None
     ranks.settle()
     return merge(ranks.share(result), ranks.share(ranks.held))
 
@@ -138,28 +166,6 @@ class _Clock:
         now = time.perf_counter()
         self._seconds[part] = round(now - self._last, 2)
         self._last = now
-
-
-def _run(sweep: Sweep, trials: Iterable[Trial], options: Options, progress: Progress, total: int, ranks: Ranks) -> None:
-    for trial in trials:
-        progress("trials", trial.number if options.only_trial is None else 0, total)
-        differs = sweep.trial(trial) > 0
-        ranks.settle()
-        if options.fail_fast and ranks.any(differs):
-            return
-
-
-def _walk(
-    walk: Walk, able: Sequence[axes.Axis], cases: Sequence[int], options: Options, progress: Progress, ranks: Ranks
-) -> None:
-    """Run these cases of every axis; on several ranks all run the same ones."""
-    for number in cases:
-        for done, axis in enumerate(able):
-            progress("axes", done, len(able))
-            differs = walk.case(axis, number, options.seed)
-            ranks.settle()
-            if options.fail_fast and ranks.any(differs):
-                return
 
 
 def _judge_golden(

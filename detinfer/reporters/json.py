@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from detinfer.errors import GoldenError, InfrastructureError
+from detinfer.goldens import resume
 from detinfer.goldens.inputs import Options
 from detinfer.goldens.result import SCHEMA, Divergence
 
@@ -47,10 +49,24 @@ def read(path: Path) -> Saved:
     return Saved(Path(held["path"]), options, held)
 
 
+def read_unfinished(path: Path) -> Saved:
+    """The result of an interrupted run, with all of its options; GoldenError when it is none."""
+    saved = read(path)
+    if saved.held.get("unfinished") is None:
+        raise GoldenError(f"{path}: the result of a run that was not interrupted: there is nothing to resume")
+    try:
+        return Saved(saved.path, resume.options_of(saved.held), saved.held)
+    except (KeyError, TypeError) as error:
+        raise GoldenError(f"{path}: cannot be resumed: {error!r} is missing or of another kind") from error
+
+
 def write(result: Result, path: Path) -> None:
     """Write ``result`` to ``path``; InfrastructureError when that cannot be done."""
     text = json.dumps(result.to_json(), indent=1, sort_keys=True) + "\n"
-    try:
-        path.write_text(text, encoding="utf-8")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:  # whole or not at all: it may be written over the file that is resumed
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise InfrastructureError(f"--json {path}: {error.strerror}; the result was not written") from error
