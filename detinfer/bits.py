@@ -262,7 +262,9 @@ def _pieces(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, to
     if a.numel() <= PIECE:
         yield a, b
         return
-    yield from zip(a.detach().reshape(-1).split(PIECE), b.detach().reshape(-1).split(PIECE), strict=True)
+    x, y = a.detach().reshape(-1), b.detach().reshape(-1)
+    for start in range(0, x.numel(), PIECE):
+        yield x[start : start + PIECE], y[start : start + PIECE]
 
 
 @unseen

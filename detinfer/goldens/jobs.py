@@ -31,6 +31,7 @@ from detinfer.goldens.format import Golden
 from detinfer.goldens.inputs import Options, check_target, chosen_units, load_inputs, requests_of
 from detinfer.goldens.prepare import policy_of, prepare_again
 from detinfer.goldens.runner import Request
+from detinfer.goldens.sweep import Sweep
 from detinfer.goldens.tasks import Done, Part, Task, Tasks, ready, sweep_of
 from detinfer.models import targets
 from detinfer.models.ranks import ALONE
@@ -281,7 +282,7 @@ class _Own:
                 pass
             self._held = ready(golden, sweep, job.options)
             self.alone = sweep.digest()
-        self._control_sweep = lambda: sweep_of(golden, target, requests, units, whole, job.options)
+        self._control_sweep: Callable[[], Sweep] = lambda: sweep_of(golden, target, requests, units, whole, job.options)
         self._control: Tasks | None = None
 
     def run(self, task: Task) -> Part:
