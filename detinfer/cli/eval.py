@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -59,28 +60,22 @@ def run(
     sample: int,
     seed: int,
     repeat: int,
-    unobserved: str | None,
+    unobserved: Literal["vacuous", "accept"] | None,
     report: Path | None,
     command: tuple[str, ...],
 ) -> None:
-    """Run COMMAND, one of lm-evaluation-harness, with its model under the policy and a sample of its requests replayed.
+    """Run COMMAND (lm_eval run, inspect eval, lighteval) with its model under the policy and a sample of requests replayed.
 
     Ends with 1 where an answer differs in another batch or in a later run (the results file is written all the same, and
     says so), 5 where no request was seen in another batch.
     """
-    from detinfer.integrations.lm_eval_run import run as start
+    from detinfer.integrations.enforced import Terms
+    from detinfer.integrations.evaluation import run as start
 
     if report is not None and not report.absolute().parent.is_dir():
         raise UsageError(f"--report {report}: there is no folder {report.parent}")
-    wrapped = {
-        "policy": policy,
-        "allow": list(allow) or None,
-        "uncovered": uncovered,
-        "sample": sample,
-        "replay_seed": seed,
-        "unobserved": unobserved,
-    }
-    outcome = start(command, wrapped, repeat)
+    terms = Terms(policy, uncovered, list(allow) or None, sample, seed, unobserved or "vacuous")
+    outcome = start(command, terms, repeat)
     if report is not None:
         report.write_text(json.dumps(outcome.to_json(), indent=1) + "\n", encoding="utf-8")
     for line in outcome.lines():
