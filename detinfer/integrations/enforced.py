@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 
 from detinfer import bits, fingerprint
 from detinfer.errors import Diverged, UsageError
-from detinfer.integrations.replay import Answer, Plan, Question, Report, as_bytes
+from detinfer.integrations.replay import Answer, Plan, Question, Report, as_bytes, same
 from detinfer.policy import Accepted, Decision, deterministic
 from detinfer.policy.configured import configured
 
@@ -63,6 +63,11 @@ class Subject:
 
 class Account:
     """What one wrapped model did: its answers, the replays' reports, the decisions of the policy."""
+
+    equal: Callable[[Answer, Answer], bool] = staticmethod(same)
+    """Whether two answers to one request are the same."""
+    lasting: Callable[[Answer], Answer] = staticmethod(lambda answer: answer)
+    """The part of an answer that is in the digest of the results."""
 
     def __init__(self, terms: Terms, most: int) -> None:
         """``most`` requests are in a batch of a replay. Raises UsageError for a policy that makes no sense."""
@@ -132,7 +137,9 @@ class Account:
             "digests": {
                 "model": self.model_digest,
                 "task": digest(f"{name} {same_as}" for name, (same_as, _) in self.answers.items()),
-                "results": digest(f"{name} {as_bytes(answer).hex()}" for name, (_, answer) in self.answers.items()),
+                "results": digest(
+                    f"{name} {as_bytes(self.lasting(answer)).hex()}" for name, (_, answer) in self.answers.items()
+                ),
             },
             "system_fingerprint": None if marked is None else marked.to_json(),
         }

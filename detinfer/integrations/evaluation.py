@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from detinfer.errors import EXIT_DIVERGED, EXIT_SAME, EXIT_VACUOUS, UsageError
-from detinfer.integrations.enforced import Terms, keeping_accounts
-from detinfer.integrations.replay import MOST_NAMED, Divergence, as_bytes, shown
+from detinfer.integrations.enforced import Account, Terms, keeping_accounts
+from detinfer.integrations.replay import MOST_NAMED, Divergence, shown
 
 LIBRARIES = {"lm_eval": "lm_eval", "inspect": "inspect_ai", "lighteval": "lighteval"}
 """Programs whose evaluations can be wrapped, and the packages that they are of; ``<package>_run`` here runs each."""
@@ -71,6 +71,8 @@ class Outcome:
             if not run["replay"]:
                 yield "  vacuous   no request reached the model"
             yield f"  results   {run['digests']['results'][:16]}, task {run['digests']['task'][:16]}"
+        if not self.runs:
+            yield "detinfer eval: vacuous, no request reached the model"
         for one in self.repeats:
             yield f"  diverged  {one.question}, {one.how}: {one.got}, in run 1 {one.expected}"
         if self.exit_code:
@@ -102,21 +104,18 @@ def run(command: Sequence[str], terms: Terms, repeat: int = 1) -> Outcome:
         for account in made:
             outcome.runs.append(account.to_json())
             first = first or account.answers
-            outcome.repeats += list(_differences(first, account.answers, number))[: MOST_NAMED - len(outcome.repeats)]
+            outcome.repeats += list(_differences(first, account, number))[: MOST_NAMED - len(outcome.repeats)]
         if outcome.harness_exit_code:
             break
     return outcome
 
 
-def _differences(
-    first: dict[str, tuple[str, Any]], later: dict[str, tuple[str, Any]], number: int
-) -> Iterator[Divergence]:
+def _differences(first: dict[str, tuple[str, Any]], account: Account, number: int) -> Iterator[Divergence]:
+    later = account.answers
     for name in dict.fromkeys((*first, *later)):
         one, other = first.get(name), later.get(name)
-        if one is None or other is None:
+        if one is None or other is None or not account.equal(one[1], other[1]):
             yield Divergence(name, f"in run {number}", shown(one and one[1]), shown(other and other[1]))
-        elif as_bytes(one[1]) != as_bytes(other[1]):
-            yield Divergence(name, f"in run {number}", shown(one[1]), shown(other[1]))
 
 
 def _words(command: Sequence[str]) -> tuple[str, list[str]]:

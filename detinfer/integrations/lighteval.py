@@ -100,7 +100,10 @@ class Enforced:
                 self.inner.config.batch_size = size
         self.account.report(kind, report)
         for response in responses:  # tensors, which lighteval's own cache would have turned into lists
-            response.input_tokens, response.output_tokens = _plain(response.input_tokens), _plain(response.output_tokens)
+            response.input_tokens, response.output_tokens = (
+                _plain(response.input_tokens),
+                _plain(response.output_tokens),
+            )
         return responses
 
     def _replay(
@@ -171,7 +174,7 @@ def _described(config: Any, account: Account) -> Any:
         return {**kind.model_dump(self, **options), "detinfer": account.to_json()}
 
     kind = type(config)
-    described = type(kind.__name__, (kind,), {"model_dump": model_dump, "__module__": kind.__module__})
+    described: Any = type(kind.__name__, (kind,), {"model_dump": model_dump, "__module__": kind.__module__})
     return described.model_construct(**vars(config))  # as it is: its own defaults may not pass its validation
 
 

@@ -30,7 +30,8 @@ def execute(words: list[str], terms: Terms) -> int:
     load = pipeline.load_model
 
     def wrapping(config: Any) -> Any:
-        return lighteval.wrap(load(config), terms)
+        inner = load(config)
+        return inner if isinstance(inner, lighteval.Enforced) else lighteval.wrap(inner, terms)
 
     pipeline.load_model = wrapping
     try:

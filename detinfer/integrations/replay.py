@@ -38,6 +38,11 @@ def as_bytes(answer: Answer) -> bytes:
     return b"s" + text.encode("utf-8", "surrogatepass")
 
 
+def same(a: Answer, b: Answer) -> bool:
+    """Whether two answers have the same bytes."""
+    return as_bytes(a) == as_bytes(b)
+
+
 def shown(answer: Answer) -> str:
     """An answer for people; floats with their bits."""
     first = answer[0] if isinstance(answer, tuple | list) and answer else answer
@@ -118,12 +123,15 @@ def replay(
     plan: Plan,
     module: torch.nn.Module | None,
     prompt_only: bool = False,
+    equal: Callable[[Answer, Answer], bool] | None = None,
 ) -> Report:
     """Ask a sample of ``questions`` alone and in drawn batches, and compare with ``answers``.
 
     ``before`` is what was noted while ``answers`` were made, ``module`` the one it was noted of. ``prompt_only``: later
-    calls for a question are of tokens that the model made itself.
+    calls for a question are of tokens that the model made itself. ``equal`` says whether two answers are the same, where it
+    is not simply their bytes.
     """
+    equal = equal or same
     report = Report(asked=len(questions), drawn=sum(not question.comparable for question in questions))
     firsts: dict[str, int] = {}
     for number, question in enumerate(questions):
@@ -142,7 +150,7 @@ def replay(
             got = ask([questions[number].request for number in group], len(group))
         for number, answer in zip(group, got, strict=True):
             report.compared += 1
-            if as_bytes(answer) != as_bytes(answers[number]):
+            if not equal(answer, answers[number]):
                 report.note(Divergence(questions[number].name, how, shown(answers[number]), shown(answer)))
         return watch
 

@@ -95,3 +95,24 @@ def write_tasks(folder: Path, documents: int = 12) -> Path:
         encoding="utf-8",
     )
     return folder
+
+
+def plant(model: torch.nn.Module, tokens: list[int], factor: float = 1 + 2**-12, most: int = 3) -> None:
+    """A fault: the logits of rows that hold ``tokens`` are larger by ``factor`` in batches of more than ``most`` rows."""
+
+    def fault(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None and ids.shape[0] > most:
+            wanted = ",".join(map(str, tokens))
+            for row in range(ids.shape[0]):
+                if wanted in ",".join(map(str, ids[row].tolist())):
+                    output.logits[row] *= factor
+        return output
+
+    model.register_forward_hook(fault, with_kwargs=True)
+
+
+def question(folder: Path, number: int) -> str:
+    """The prompt of a document of ``write_tasks``."""
+    document = json.loads((folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()[number])
+    return f"Q: {document['question']} A:"
