@@ -103,7 +103,9 @@ class Enforced:
             found = await self._ask(request, {})
         except DetinferError as error:
             failures.append(error)
-            raise error.with_traceback(None) from None  # Inspect prints every frame with its values, which takes seconds
+            raise error.with_traceback(
+                None
+            ) from None  # Inspect prints every frame with its values, which takes seconds
         output = found[0] if isinstance(found, tuple) else found
         if not isinstance(output, Exception):
             question, answer = self._question(request), answered(output)
