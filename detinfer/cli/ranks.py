@@ -55,17 +55,24 @@ def start(context: click.Context, count: int) -> None:
 
 
 @contextmanager
-def joined(count: int) -> Iterator[Ranks]:
-    """This process among its ranks; on its own where ``count`` is 1."""
-    from detinfer.collectives.launch import join, place
+def joined(count: int, timeout: float | None = None) -> Iterator[Ranks]:
+    """This process among its ranks; on its own where ``count`` is 1. ``timeout``: seconds that one waits for another."""
+    import torch.distributed
+
+    from detinfer.collectives.launch import WAIT, join, place
     from detinfer.models.ranks import ALONE, Spread
 
     mine = place()
     if count == 1 or mine is None:
         yield ALONE
         return
-    with join(mine) as communicator:
-        yield Spread(communicator)
+    patience = timeout or WAIT
+    with join(mine, patience) as communicator:
+        try:
+            yield Spread(communicator, patience)
+        finally:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 def complain(message: str) -> None:

@@ -52,14 +52,11 @@ def load(name: str, dtype: torch.dtype | None) -> Loaded:
     """
     what = f"hf:{name}"
     library = transformers(what)
-    if not name:
-        raise TargetError("target hf: names nothing: give a folder or a hub id after the colon")
-    folder = Path(name).expanduser()
-    source = str(folder) if folder.exists() else name
+    place = source(name)
     with quiet():
         try:
             module, report = library.AutoModelForCausalLM.from_pretrained(
-                source,
+                place,
                 dtype=dtype or "auto",
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -69,18 +66,24 @@ def load(name: str, dtype: torch.dtype | None) -> Loaded:
         except Exception as error:
             raise TargetError(f"target {what} cannot be loaded: {_first_lines(error)}") from error
     check_complete(what, report)
-    return Loaded("causal_lm", module, tokenizer=_tokenizer(library, source))
+    return Loaded("causal_lm", module, tokenizer=tokenizer(name))
+
+
+def source(name: str) -> str:
+    """What transformers is given for a folder or hub id; TargetError for none."""
+    if not name:
+        raise TargetError("target hf: names nothing: give a folder or a hub id after the colon")
+    folder = Path(name).expanduser()
+    return str(folder) if folder.exists() else name
 
 
 def skeleton(name: str) -> torch.nn.Module:
     """The model of a folder or hub id from its configuration alone, on the meta device: shapes and dtypes, no weights."""
     what = f"hf:{name}"
     library = transformers(what)
-    folder = Path(name).expanduser()
-    source = str(folder) if folder.exists() else name
     with quiet():
         try:
-            config = library.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = library.AutoConfig.from_pretrained(source(name), trust_remote_code=False)
             with torch.device("meta"):
                 found: torch.nn.Module = library.AutoModelForCausalLM.from_config(
                     config, dtype=config.dtype or torch.float32, trust_remote_code=False
@@ -100,13 +103,15 @@ def check_complete(what: str, report: dict[str, Any]) -> None:
             )
 
 
-def _tokenizer(library: Any, source: str) -> Callable[[str], list[int]] | None:
+def tokenizer(name: str) -> Callable[[str], list[int]] | None:
+    """The tokenizer of a folder or hub id; None where it has none."""
+    library = transformers(f"hf:{name}")
     with quiet():
         try:
-            tokenizer = library.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            found = library.AutoTokenizer.from_pretrained(source(name), trust_remote_code=False)
         except Exception:  # whatever it is that it lacks: prompts are then given as token ids
             return None
-    return lambda text: [int(token) for token in tokenizer(text)["input_ids"]]
+    return lambda text: [int(token) for token in found(text)["input_ids"]]
 
 
 def _first_lines(error: Exception) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from detinfer import bits
+from detinfer.collectives.calls import Order
 from detinfer.collectives.communicator import Communicator
 from detinfer.errors import Diverged, RefusedError, UsageError
 from detinfer.models.exchange import exchange
@@ -18,6 +20,7 @@ from detinfer.policy.policy import Accepted, Proof
 from detinfer.policy.refusals import message
 
 GATHER = "detinfer::all_gather"
+_SUFFIX: dict[Order, str] = {"rank_order": "", "rank_tree": ".rank_tree"}
 
 
 @dataclass
@@ -34,15 +37,26 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    timeout: float = 600.0
+    """Seconds that a rank waits for the others."""
 
     def __init__(self) -> None:
         self.held = Held()
         self.reduced: dict[tuple[torch.dtype, int], None] = {}
         """Dtype and width (last dimension) of every sum so far."""
 
-    def all_reduce(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """The sum of every rank's ``x`` in rank order, rounded once to its dtype; ``name`` is the caller's, for reports."""
+    def all_reduce(self, x: torch.Tensor, name: str, order: Order = "rank_order") -> torch.Tensor:
+        """The sum of every rank's ``x`` in rank order, rounded once to its dtype; ``name`` is the caller's, for reports.
+
+        ``rank_tree`` joins neighbours instead: the order of scope ``tp``.
+        """
         return x
+
+    def note(self, x: torch.Tensor, name: str, *, summed: bool) -> None:
+        """``x`` is what every rank should hold: ``settle`` compares it. ``summed`` says that it is a sum over ranks."""
+
+    def add_by(self, sum_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """The model's own sum over ranks, which ``sum_of`` takes from now on."""
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's ``x``, one after the other along the last dimension."""
@@ -102,22 +116,32 @@ ALONE = Ranks()
 class Spread(Ranks):
     """One rank of several, joined by a communicator. Every dtype is proved before its first sum."""
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(self, communicator: Communicator, timeout: float = Ranks.timeout) -> None:
         super().__init__()
-        self.rank, self.size = communicator.rank, communicator.size
+        self.rank, self.size, self.timeout = communicator.rank, communicator.size, timeout
         self._communicator = communicator
         self._decisions: dict[tuple[str, torch.dtype], Accepted] = {}
         self._pending: list[tuple[str, str]] = []
+        self._sum: Callable[[torch.Tensor], torch.Tensor] = communicator.all_reduce
 
     @bits.unseen
-    def all_reduce(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, name: str, order: Order = "rank_order") -> torch.Tensor:
         """Raises RefusedError when the path's proof fails here, PeerError when a rank is lost."""
-        if (SUBJECT, x.dtype) not in self._decisions:
-            self._prove(x.dtype)
-        total = self._communicator.all_reduce(x)
+        if (SUBJECT + _SUFFIX[order], x.dtype) not in self._decisions:
+            self._prove(x.dtype, order)
+        total = self._communicator.all_reduce(x, order=order)
         self.reduced[x.dtype, x.shape[-1]] = None
         self._pending.append((name, bits.digest(total)))
         return total
+
+    @bits.unseen
+    def note(self, x: torch.Tensor, name: str, *, summed: bool) -> None:
+        if summed:
+            self.reduced[x.dtype, x.shape[-1]] = None
+        self._pending.append((name, bits.digest(x)))
+
+    def add_by(self, sum_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._sum = sum_of
 
     @bits.unseen
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -154,11 +178,11 @@ class Spread(Ranks):
         self._decisions.setdefault((GATHER, x.dtype), Accepted(GATHER, "csrc/collectives", MOVES, portable=True))
 
     def sum_of(self, x: torch.Tensor) -> torch.Tensor:
-        return self._communicator.all_reduce(x)
+        return self._sum(x)
 
-    def _prove(self, dtype: torch.dtype) -> None:
+    def _prove(self, dtype: torch.dtype, order: Order = "rank_order") -> None:
         try:
-            cases, results = prove(self._communicator, dtype)
+            cases, results = prove(self._communicator, dtype, order)
         except Diverged as error:
             raise RefusedError(message(SUBJECT, f"its proof failed on this machine: {error}")) from error
         proof = Proof(
@@ -167,8 +191,8 @@ class Spread(Ranks):
             cases,
             hashlib.sha256(results).hexdigest(),
         )
-        why = f"canonical order over {self.size} ranks: rank_order"
-        self._decisions[SUBJECT, dtype] = Accepted(SUBJECT, "csrc/collectives", why, proof, portable=True)
+        why, op = f"canonical order over {self.size} ranks: {order}", SUBJECT + _SUFFIX[order]
+        self._decisions[op, dtype] = Accepted(op, "csrc/collectives", why, proof, portable=True)
 
     def _prove_fused(self, dtype: torch.dtype) -> None:
         try:

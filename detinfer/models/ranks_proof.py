@@ -7,7 +7,7 @@ import torch
 
 from detinfer import native
 from detinfer.collectives import patterns
-from detinfer.collectives.calls import PATHS
+from detinfer.collectives.calls import PATHS, Order
 from detinfer.collectives.communicator import Communicator
 from detinfer.ops.evidence import REFERENCE_NAME, WIDTHS, Evidence, from_bits
 from detinfer.reference.all_reduce import all_reduce
@@ -18,8 +18,8 @@ SUBJECT, FUSED = "detinfer::all_reduce", "detinfer::all_reduce_rms_norm"
 """The names of the operations in decisions."""
 
 
-def prove(ranks: Communicator, dtype: torch.dtype) -> tuple[int, bytes]:
-    """Compare all_reduce, in rank order, with detinfer/reference/all_reduce.py on this rank: (results, their bytes).
+def prove(ranks: Communicator, dtype: torch.dtype, order: Order = "rank_order") -> tuple[int, bytes]:
+    """Compare all_reduce, in an order of ranks, with detinfer/reference/all_reduce.py on this rank: (results, their bytes).
 
     All ranks call it together. Inputs cancel, have signed zeros, NaN and infinities, and odd widths. Raises Diverged
     with the first difference, UnsupportedDtype for a dtype without an order here.
@@ -33,10 +33,10 @@ def prove(ranks: Communicator, dtype: torch.dtype) -> tuple[int, bytes]:
     inputs["signed zeros"] = patterns.zeros(size, name)
     inputs["special values"] = patterns.special(rng, size, (777,), name)
     for where, parts in inputs.items():
-        wanted = from_bits(all_reduce(parts, name), dtype)
+        wanted = from_bits(all_reduce(parts, name, "sum", order), dtype)
         mine = from_bits(parts[ranks.rank], dtype)
         for path in PATHS["all_reduce"]:
-            got = ranks.all_reduce(mine, path=path)
+            got = ranks.all_reduce(mine, path=path, order=order)
             evidence.expect(got, wanted, f"{where}, {size} ranks, rank {ranks.rank}, {path}")
     return evidence.total()
 

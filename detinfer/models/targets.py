@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from detinfer import bits, native
+from detinfer.collectives.communicator import MOST_RANKS
 from detinfer.errors import TargetError, UnsupportedDtype
 from detinfer.models.ranks import ALONE, Ranks
 from detinfer.policy.policy import Reductions
@@ -27,6 +28,7 @@ Kind = Literal["causal_lm", "module"]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of one request."""
 
+_FACTORY = re.compile(r"[\w.]+:[\w.]+")
 FORMS = "smollm2, builtin:dense, builtin:moe, hf:PATH_OR_ID or package.module:factory"
 
 # Where a config says how it was loaded and by what, not what it is.
@@ -102,25 +104,33 @@ def load(
 def _load(spec: str, dtype: torch.dtype | None, seed: int, ranks: Ranks, reductions: Reductions) -> Target:
     if dtype is not None:
         native.dtype_code(dtype, f"target {spec}")
-    # Imported here: a module of the user's own needs none of transformers.
-    if spec == "smollm2":
-        from detinfer.models import smollm2
-
-        return finish(spec, smollm2.load(dtype or torch.bfloat16))
     if spec.startswith("builtin:"):
         from detinfer.models import builtin
 
         communication = builtin.Communication(reductions)
         module = builtin.build(spec.removeprefix("builtin:"), dtype or torch.float32, seed, ranks, communication)
         return finish(spec, Loaded("causal_lm", module), ranks)
+    if ranks.size > 1 and (spec == "smollm2" or _FACTORY.fullmatch(spec) or spec.startswith("hf:")):
+        from detinfer.models import tensor_parallel
+
+        return finish(spec, tensor_parallel.load(spec, lambda: _whole(spec, dtype, seed), dtype, ranks), ranks)
+    return finish(spec, _whole(spec, dtype, seed))
+
+
+def _whole(spec: str, dtype: torch.dtype | None, seed: int) -> Loaded:
+    # Imported here: a module of the user's own needs none of transformers.
+    if spec == "smollm2":
+        from detinfer.models import smollm2
+
+        return smollm2.load(dtype or torch.bfloat16)
     if spec.startswith("hf:"):
         from detinfer.models import huggingface
 
-        return finish(spec, huggingface.load(spec.removeprefix("hf:"), dtype))
-    if re.fullmatch(r"[\w.]+:[\w.]+", spec):
+        return huggingface.load(spec.removeprefix("hf:"), dtype)
+    if _FACTORY.fullmatch(spec):
         from detinfer.models import factory
 
-        return finish(spec, factory.load(spec, dtype, seed))
+        return factory.load(spec, dtype, seed)
     raise TargetError(f"target {spec!r}: give {FORMS}")
 
 
@@ -135,25 +145,26 @@ class Loaded:
 
 
 def check_ranks(spec: str, size: int) -> None:
-    """TargetError for a target that cannot be spread over ``size`` ranks, without loading it."""
-    if size > 1 and not spec.startswith("builtin:"):
-        raise TargetError(
-            f"target {spec}: only builtin:dense and builtin:moe can be cut over {size} ranks in this version; every "
-            f"process would hold the whole of any other model, and no sum over ranks would run. Leave --tp out"
-        )
+    """TargetError for a target of which no part can be cut over ``size`` ranks, without loading it.
+
+    Whether a transformers model can be is told when its configuration is read (``tensor_parallel.check``).
+    """
+    if not 1 <= size <= MOST_RANKS:
+        raise TargetError(f"target {spec}: {size} ranks; 1 to {MOST_RANKS} share a host's memory")
 
 
 def finish(spec: str, loaded: Loaded, ranks: Ranks = ALONE) -> Target:
     """A target of a loaded module, checked and with its digests: those of all ranks' shares together."""
     module = loaded.module.eval().requires_grad_(False)
+    whole = _of_transformers(module)  # its shares know the tensors that they are of, and each rank has its configuration
     return Target(
         spec=spec,
         kind=loaded.kind,
         module=module,
         dtype=_dtype(spec, loaded),
         class_name=type(module).__name__,
-        weights_digest=ranks.digest(weights_digest(module)),
-        config_digest=ranks.digest(config_digest(module)),
+        weights_digest=weights_digest(module) if whole else ranks.digest(weights_digest(module)),
+        config_digest=config_digest(module) if whole else ranks.digest(config_digest(module)),
         tokenizer=loaded.tokenizer,
         inputs=loaded.inputs,
         libraries=("transformers",) if any(map(_of_transformers, module.modules())) else (),
@@ -234,10 +245,16 @@ def weights_digest(module: nn.Module) -> str:
     }
     whole = hashlib.sha256()
     for name, t in sorted(named.items()):
-        digest = known.setdefault(id(t), "") or bits.digest(t)
+        digest = known.setdefault(id(t), "") or bits.digest(_all_of(t))
         known[id(t)] = digest
         whole.update(f"{name} {digest}\n".encode())
     return whole.hexdigest()
+
+
+def _all_of(t: torch.Tensor) -> torch.Tensor:
+    """The tensor that a rank's share is of; anything else is whole."""
+    whole: torch.Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return whole
 
 
 def config_digest(module: nn.Module) -> str:
