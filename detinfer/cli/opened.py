@@ -45,6 +45,7 @@ def opened(
     tp: int | None,
     reductions: Reductions | None,
     alone: bool = False,
+    rank_timeout: float | None = None,
 ) -> Iterator[Opened]:
     """Read the golden, load the model (from ``spec``, else where it was recorded) and check that they belong together.
 
@@ -52,7 +53,7 @@ def opened(
     where a launcher started this process as a rank.
     """
     from detinfer.goldens.format import Golden
-    from detinfer.goldens.inputs import check_ranks, check_target, requests_of
+    from detinfer.goldens.inputs import check_target, requests_of
     from detinfer.goldens.prepare import policy_of, prepare_again
     from detinfer.models import targets
 
@@ -60,7 +61,6 @@ def opened(
         with console.status("reading the golden") as status:
             held = Golden.read(golden)
             size = 1 if alone else ranks.size(tp, held.manifest.ranks)
-            check_ranks(held, size)
             recorded = held.manifest.target
             where = targets.checked(device or ("cuda" if held.manifest.environment.get("gpu") else "cpu"))
             if alone and where.type == "cuda" and "LOCAL_RANK" in os.environ:
@@ -70,13 +70,15 @@ def opened(
             status.stop()
             ranks.start(context, size)
             status.start()
-            everyone = stack.enter_context(ranks.joined(size))
+            everyone = stack.enter_context(ranks.joined(size, rank_timeout))
             status.update("loading the model")
             dtype = options.dtype(recorded["dtype"])
             policy = policy_of(held)
             policy = replace(policy, reductions=reductions or policy.reductions)
             seed = held.manifest.inputs["seed"]
-            target = targets.load(spec or recorded["spec"], dtype, seed, everyone, where, policy.reductions)
+            target = targets.load(spec or recorded["spec"], dtype, seed, everyone, where, policy.reductions, policy)
+            if size != held.manifest.ranks:
+                target = targets.as_on(target, held.manifest.ranks, seed, policy.reductions)
             check_target(held, target, policy)
             requests = requests_of(held, target, prepare_again(target))
         yield Opened(held, target, requests, policy, everyone)

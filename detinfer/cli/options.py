@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 
 import click
 import torch
@@ -31,9 +32,12 @@ def dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def policy(scope: str | None, allow: tuple[str, ...], reductions: str | None = None) -> Policy:
-    """The policy of ``--policy``, ``--allow`` and ``--reductions``; what they do not say is the project's."""
-    return configured(scope=scope, allow=allow or None, reductions=reductions)[0]
+def policy(
+    scope: str | None, allow: tuple[str, ...], reductions: str | None = None, groups: int | None = None
+) -> Policy:
+    """The policy of ``--policy``, ``--allow``, ``--reductions`` and ``--groups``; the rest is the project's."""
+    found = configured(scope=scope, allow=allow or None, reductions=reductions)[0]
+    return found if groups is None else replace(found, groups=groups)
 
 
 def command_line(drop: tuple[str, ...], flags: tuple[str, ...] = ()) -> str:
@@ -48,7 +52,10 @@ def command_line(drop: tuple[str, ...], flags: tuple[str, ...] = ()) -> str:
 
 
 policy_option = click.option(
-    "--policy", "scope", metavar="SCOPE", help="Scope of the policy: batch or run [default: the project's, else batch]."
+    "--policy",
+    "scope",
+    metavar="SCOPE",
+    help="Scope of the policy: run, batch or tp [default: the project's, else batch].",
 )
 allow_option = click.option(
     "--allow",
@@ -60,6 +67,12 @@ reductions_option = click.option(
     "--reductions",
     type=click.Choice(["merged", "separate"]),
     help="Sums over ranks of a mixture-of-experts layer: one for all, or one each [default: merged, or as recorded].",
+)
+groups_option = click.option(
+    "--groups",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Scope tp: groups of a row-parallel layer's inputs [default: the largest power of two up to 8 that divides them].",
 )
 tp_option = click.option(
     "--tp", type=int, metavar="N", help="Ranks to cut the model over, started here [default: 1, or torchrun's]."

@@ -34,6 +34,7 @@ from detinfer.cli import options, ranks, vectors
 @options.policy_option
 @options.allow_option
 @options.reductions_option
+@options.groups_option
 @click.option(
     "--seed", default=0, show_default=True, help="Seed of generated token ids and of a factory that takes one."
 )
@@ -56,6 +57,7 @@ def record(
     scope: str | None,
     allow: tuple[str, ...],
     reductions: str | None,
+    groups: int | None,
     seed: int,
     reason: str,
     force: bool,
@@ -83,9 +85,9 @@ def record(
     from detinfer.goldens.record import record as record_golden
 
     console = Console(stderr=True, highlight=False, quiet=ranks.number() > 0)
-    policy = options.policy(scope, allow, reductions)
+    policy = options.policy(scope, allow, reductions, groups)
     with console.status("loading") as status, ranks.joined(size) as everyone:
-        loaded = targets.load(target, options.dtype(dtype_name), seed, everyone, where, policy.reductions)
+        loaded = targets.load(target, options.dtype(dtype_name), seed, everyone, where, policy.reductions, policy)
         requests, inputs = prepare(
             loaded, prompts, count=n_prompts, length=length, decode_steps=decode_steps, seed=seed
         )

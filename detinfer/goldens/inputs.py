@@ -27,7 +27,10 @@ from detinfer.policy import Policy
 
 @dataclass(frozen=True)
 class Options:
-    """What to run: ``only_trial`` redoes one trial of the ``n_trials``, and that case of each of the ``axes``."""
+    """What to run: ``only_trial`` redoes one trial of the ``n_trials``, and that case of each of the ``axes``.
+
+    ``tp`` is the number of ranks where it is another than the golden's.
+    """
 
     n_trials: int = 50
     seed: int = 0
@@ -37,6 +40,7 @@ class Options:
     fail_fast: bool = False
     only_trial: int | None = None
     axes: tuple[str, ...] = NAMES
+    tp: int | None = None
 
     def __post_init__(self) -> None:
         if self.n_trials < 1:
@@ -61,6 +65,8 @@ class Options:
     def redo(self, path: str, unit: str, trial: int | None, axis: str | None = None) -> str:
         """The command that redoes one comparison."""
         parts = ["detinfer", "verify", path, "--seed", str(self.seed)]
+        if self.tp is not None:
+            parts += ["--tp", str(self.tp)]
         if axis is not None:
             parts += ["--axes", axis]
         if unit != WHOLE:
@@ -114,15 +120,6 @@ def requests_of(golden: Golden, target: Any, module_requests: Sequence[Request])
     ]
 
 
-def check_ranks(golden: Golden, size: int) -> None:
-    """UsageError unless a golden was recorded on ``size`` ranks: the sums of other numbers of ranks have other bits."""
-    if (recorded := golden.manifest.ranks) != size:
-        raise UsageError(
-            f"{golden.path}: recorded on {recorded} rank{'s' if recorded > 1 else ''}, verified on {size}: each number of "
-            f"ranks has bits of its own. Use --tp {recorded}, or record a golden with --tp {size}"
-        )
-
-
 def chosen_units(
     golden: Golden, target: Any, policy: Policy, options: Options, ranks: Ranks
 ) -> tuple[list[Replay], list[dict[str, Any]], Any]:
@@ -132,7 +129,8 @@ def chosen_units(
     """
     manifest = golden.manifest
     matches = pattern(options.layers).search
-    own = [unit for unit in manifest.units if unit.get("rank", 0) == ranks.rank]
+    rank = ranks.rank if manifest.ranks == ranks.size else 0  # of another number, rank 0's units stand for every rank's
+    own = [unit for unit in manifest.units if unit.get("rank", 0) == rank]
     chosen = [unit for unit in own if matches(unit["name"]) is not None]
     if reductions_of(manifest) != policy.reductions:  # stale, and some layers are others: judge those that are here
         here = {name for name, _ in target.module.named_modules()}
@@ -162,6 +160,9 @@ def load_inputs(
         for call in entry["calls"] if unit is not None else ():
             assert unit is not None
             key = (call["request"], call["step"])
+            if golden.manifest.ranks != ranks.size:  # the file has the shares of other ranks
+                missing.append((unit, key))
+                continue
             node = tree.map_tensors(call["arguments"], lambda _, digest: golden.tensor(digest))
             if all(tensor is not None for _, tensor in tree.tensors(node)):
                 unit.arguments[key] = _on(device, node)

@@ -20,7 +20,7 @@ from detinfer.goldens.result import (
 from detinfer.goldens.sweep import KEPT
 from detinfer.models.ranks import Held
 
-_WORST: tuple[Verdict, ...] = ("diverged", "stale", "vacuous", "same", "not_run")
+_WORST: tuple[Verdict, ...] = ("diverged", "stale", "vacuous", "not_promised", "same", "not_run")
 
 
 def merge(results: Sequence[Result], held: Sequence[Held]) -> Result:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from detinfer import errors
 
 SCHEMA = 1
-Verdict = Literal["same", "diverged", "stale", "vacuous", "not_run"]
+Verdict = Literal["same", "diverged", "stale", "vacuous", "not_run", "not_promised"]
+"""``not_promised``: bits differ where the policy's scope allows it. A report, and no failure."""
 
 
 @dataclass(frozen=True)

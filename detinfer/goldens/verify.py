@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from detinfer import bits, environment, native
-from detinfer.goldens import axes, stress_inputs, tree
+from detinfer.goldens import across, axes, stress_inputs, tree
 from detinfer.goldens.cause.find import find
 from detinfer.goldens.collect import WHOLE
 from detinfer.goldens.compare import by_digests, compare
 from detinfer.goldens.control import run_control
 from detinfer.goldens.format import Golden
-from detinfer.goldens.inputs import Options, check_ranks, chosen_units, load_inputs, reductions_of
+from detinfer.goldens.inputs import Options, chosen_units, load_inputs, reductions_of
 from detinfer.goldens.jobs import Pool
 from detinfer.goldens.merge import merge
 from detinfer.goldens.replay import Replay
@@ -55,7 +55,8 @@ def verify(
     Raises Interrupted, which holds what was found, where a KeyboardInterrupt comes; on several ranks that itself.
     """
     manifest = golden.manifest
-    check_ranks(golden, ranks.size)
+    if elsewhere := manifest.ranks != ranks.size:
+        options = replace(options, tp=ranks.size)
     units, chosen, whole = chosen_units(golden, target, policy, options, ranks)
     trials, cases = options.trials(requests), options.cases()
     redo = lambda unit, trial: options.redo(str(golden.path), unit, trial)  # noqa: E731
@@ -92,7 +93,18 @@ def verify(
             recomputed = load_inputs(golden, target, requests, units, chosen, ranks)
             clock("inputs")
             sweep = sweep_of(golden, target, requests, units, whole, options)
-            result.golden = _judge_golden(golden, sweep, units, chosen, recomputed, progress, redo)
+            other_size = None
+            if elsewhere:
+                result.golden, other_size = across.judge(
+                    golden,
+                    sweep.alone(),
+                    ranks,
+                    promised=policy.guarantee.scope == "tp",
+                    command=options.redo(str(golden.path), WHOLE, None),
+                    model=manifest.target["class"],
+                )
+            else:
+                result.golden = _judge_golden(golden, sweep, units, chosen, recomputed, progress, redo)
             del recomputed
             sweep.expect(trials)
             clock("alone")
@@ -121,6 +133,8 @@ def verify(
             clock("stress")
         held.count([*traced, *rest], done, options.fail_fast)
         result.decisions = [*active.decisions_json(), *ranks.decisions()]
+        if other_size is not None:
+            walk.results["tp"] = other_size
         found = sweep.found
         swept = axes.swept(options.axes, trials, found.rows_compared, found.rows_differing, found.batches)
         result.invariance = _invariance(

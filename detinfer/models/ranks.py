@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +56,8 @@ class Ranks:
     def note(self, x: torch.Tensor, name: str, *, summed: bool) -> None:
         """``x`` is what every rank should hold: ``settle`` compares it. ``summed`` says that it is a sum over ranks."""
 
-    def add_by(self, sum_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """The model's own sum over ranks, which ``sum_of`` takes from now on."""
+    def add_by(self, sum_of: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+        """The model's own sum over ranks, which ``sum_of`` takes from now on; None: that of these ranks, by a tree."""
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's ``x``, one after the other along the last dimension."""
@@ -106,7 +107,26 @@ class Ranks:
 
     def digest(self, own: str) -> str:
         """One digest of every rank's own."""
-        return own if self.size == 1 else hashlib.sha256("\n".join(self.share(own)).encode()).hexdigest()
+        return own if self.size == 1 else joined(self.share(own))
+
+
+def joined(digests: Sequence[str]) -> str:
+    """One digest of those of every rank's share."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+class Pretended(Ranks):
+    """A place among ranks that are not there: a model's share can be built, and nothing can be added over ranks."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+    def all_reduce(self, x: torch.Tensor, name: str, order: Order = "rank_order") -> torch.Tensor:
+        raise UsageError(f"{name}: rank {self.rank} of {self.size} has no others")
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        raise UsageError(f"all_gather: rank {self.rank} of {self.size} has no others")
 
 
 ALONE = Ranks()
@@ -140,8 +160,8 @@ class Spread(Ranks):
             self.reduced[x.dtype, x.shape[-1]] = None
         self._pending.append((name, bits.digest(x)))
 
-    def add_by(self, sum_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._sum = sum_of
+    def add_by(self, sum_of: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+        self._sum = sum_of or functools.partial(self._communicator.all_reduce, order="rank_tree")
 
     @bits.unseen
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -21,8 +21,8 @@ from torch import nn
 from detinfer import bits, native
 from detinfer.collectives.communicator import MOST_RANKS
 from detinfer.errors import TargetError, UnsupportedDtype
-from detinfer.models.ranks import ALONE, Ranks
-from detinfer.policy.policy import Reductions
+from detinfer.models.ranks import ALONE, Pretended, Ranks, joined
+from detinfer.policy.policy import Policy, Reductions
 
 Kind = Literal["causal_lm", "module"]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -82,6 +82,7 @@ def load(
     ranks: Ranks = ALONE,
     device: torch.device | str = "cpu",
     reductions: Reductions = "merged",
+    policy: Policy | None = None,
 ) -> Target:
     """Load a target, in eval mode, without gradients, and move it to ``device``.
 
@@ -91,6 +92,7 @@ def load(
 
     With ``ranks`` this process loads its share of the model, and all ranks load theirs at the same time, on CPU.
     ``reductions`` says how a mixture of experts of the built-in models is added over ranks; no other target takes it.
+    A ``policy`` of scope ``tp`` gives a transformers model row-parallel layers that keep it (``row_parallel``).
     """
     check_ranks(spec, ranks.size)
     if reductions != "merged" and not spec.startswith("builtin:"):
@@ -98,7 +100,12 @@ def load(
     where = checked(device)
     if ranks.size > 1 and where.type != "cpu":
         raise TargetError(f"target {spec} on {where}: in this version a model over several ranks runs on CPU")
-    return _load(spec, dtype, seed, ranks, reductions).to(where)
+    target = _load(spec, dtype, seed, ranks, reductions).to(where)
+    if policy is not None and policy.guarantee.scope == "tp":
+        from detinfer.models import row_parallel
+
+        row_parallel.keep(spec, target.module, ranks, policy.groups)
+    return target
 
 
 def _load(spec: str, dtype: torch.dtype | None, seed: int, ranks: Ranks, reductions: Reductions) -> Target:
@@ -151,6 +158,21 @@ def check_ranks(spec: str, size: int) -> None:
     """
     if not 1 <= size <= MOST_RANKS:
         raise TargetError(f"target {spec}: {size} ranks; 1 to {MOST_RANKS} share a host's memory")
+
+
+def as_on(target: Target, size: int, seed: int, reductions: Reductions) -> Target:
+    """A target with the digests that it has on ``size`` ranks: those of a built-in model are its shares'."""
+    if not target.spec.startswith("builtin:"):
+        return target
+    from detinfer.models import builtin
+
+    name, how = target.spec.removeprefix("builtin:"), builtin.Communication(reductions)
+    shares = [builtin.build(name, target.dtype, seed, Pretended(rank, size), how).eval() for rank in range(size)]
+    return replace(
+        target,
+        weights_digest=joined([weights_digest(share) for share in shares]),
+        config_digest=joined([config_digest(share) for share in shares]),
+    )
 
 
 def finish(spec: str, loaded: Loaded, ranks: Ranks = ALONE) -> Target:

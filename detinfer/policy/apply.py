@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 
 from detinfer.errors import RefusedError, UsageError
-from detinfer.policy import refusals
 from detinfer.policy.active import Active
 from detinfer.policy.configured import configured
 from detinfer.policy.families import Families, own
@@ -36,7 +35,8 @@ class deterministic:
 
     ``policy`` is a Policy, or a scope (``"run"``, ``"batch"``) that stands for ``Policy(Guarantee(scope))``; without one
     (``"configured"``) it is the project's (``policy.configured``: ``[tool.detinfer]`` in pyproject.toml, then the environment). In this
-    version ``run`` takes the same paths as ``batch``; ``tp`` is refused. ``uncovered`` overrides the policy's choice:
+    version ``run`` takes the same paths as ``batch``, and so does ``tp``, under which torch.distributed's sums are refused:
+    the parts of a model cut over ranks are added by its own layers (``detinfer record --policy tp``). ``uncovered`` overrides the policy's choice:
     ``"refuse"`` traces every operation and raises RefusedError for one that is neither covered nor allowed, at the
     cost of a few microseconds per operation; ``"trust"`` runs the covered operations on their canonical paths and
     does not look at the others. ``on_call`` (with ``"refuse"``) is called with an operation's name, its arguments and
@@ -52,7 +52,7 @@ class deterministic:
     Functions made by torch.compile, before the block or inside it, run uncompiled inside.
 
     Raises UsageError for arguments that make no sense and, at entry, for an engine's environment switch that contradicts
-    the policy (``policy.switches``), and RefusedError at entry for scope ``tp`` and when subnormal
+    the policy (``policy.switches``), and RefusedError at entry when subnormal
     numbers are flushed to zero (``torch.set_flush_denormal``), which changes bits.
     """
 
@@ -78,8 +78,6 @@ class deterministic:
         self._open: list[ExitStack] = []
 
     def __enter__(self) -> Active:
-        if self._policy.guarantee.scope == "tp":
-            raise RefusedError(refusals.TENSOR_PARALLEL)
         check_switches(self._policy)
         families = self._families or own()
         with ExitStack() as stack:

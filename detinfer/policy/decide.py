@@ -30,6 +30,9 @@ from detinfer.policy.copies import CAST, COPIES, casts
 from detinfer.policy.policy import Accepted, Decision, Policy, Proof, Refused
 from detinfer.policy.variants import ARANGE, SCALED, SUMS, WHOLE_STEPS
 
+ADDED = ("sum", "avg")
+"""Reductions over ranks whose order shows."""
+
 TORCH = "torch"
 """The path of torch's own kernels on CPU; elsewhere the kind of device follows: ``torch/cuda``."""
 
@@ -98,24 +101,24 @@ def decide(
     ``variant`` is ``variants.variant`` of the arguments; for a collective its reduction, and ``ranks`` its group.
     Calls nothing but ``known`` and the proof of ``ranks``; raises nothing that they do not.
     """
-    if op in COVERED and policy.guarantee.scope != "tp":
+    if op in COVERED:
         decision: Decision = (
             Refused(op, TORCH, "a collective is decided for a group: give its ranks")
             if ranks is None
+            else Refused(op, ranks.path, refusals.OTHER_TREE)
+            if policy.guarantee.scope == "tp" and variant in ADDED and dtypes[0].is_floating_point
             else decide_collective(op, variant, dtypes[0], ranks)
         )
     else:
-        decision = _decide(policy, op, dtypes, known, variant)
-    if isinstance(decision, Refused) and op in policy.allow and policy.guarantee.scope != "tp":
+        decision = _decide(op, dtypes, known, variant)
+    if isinstance(decision, Refused) and op in policy.allow:
         decision = Accepted(op, known.torch_path, f"allowed by the policy; otherwise: {decision.reason}")
     if isinstance(decision, Accepted) and policy.guarantee.place == "portable" and not decision.portable:
         decision = Refused(op, decision.path, "its bits are not portable: use place 'here', or leave the operation out")
     return decision
 
 
-def _decide(policy: Policy, op: str, dtypes: tuple[torch.dtype, ...], known: Known, variant: str) -> Decision:
-    if policy.guarantee.scope == "tp":
-        return Refused(op, known.torch_path, refusals.TENSOR_PARALLEL)
+def _decide(op: str, dtypes: tuple[torch.dtype, ...], known: Known, variant: str) -> Decision:
     if op in BETWEEN_RANKS:
         return Accepted(op, known.torch_path, MOVES, portable=True)
     floating = tuple(d for d in dtypes if d.is_floating_point or d.is_complex)

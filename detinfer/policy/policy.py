@@ -98,27 +98,34 @@ class Policy:
     a tracing pass over every call, or ``trust`` that a tracing pass was made before.
     ``reductions`` says how a mixture-of-experts layer adds its parts over ranks: ``merged``, the experts' and the shared
     expert's in one sum, or ``separate``, each in its own. They round in other places, so that a golden belongs to one.
+    ``groups`` (scope ``tp``) is the number of groups into which the inputs of a row-parallel layer are cut; None: the
+    largest power of two up to 8 that divides them.
     """
 
     guarantee: Guarantee = field(default_factory=Guarantee)
     allow: tuple[str, ...] = ()
     uncovered: Literal["refuse", "trust"] = "refuse"
     reductions: Reductions = "merged"
+    groups: int | None = None
 
     def __post_init__(self) -> None:
         if self.uncovered not in ("refuse", "trust"):
             raise UsageError(f"uncovered {self.uncovered!r}: one of refuse, trust")
         if self.reductions not in ("merged", "separate"):
             raise UsageError(f"reductions {self.reductions!r}: one of merged, separate")
+        if self.groups is not None and (self.groups < 1 or self.guarantee.scope != "tp"):
+            raise UsageError(f"groups {self.groups}: a number from 1 on, and scope tp: others have no groups")
         object.__setattr__(self, "allow", tuple(self.allow))
         for op in self.allow:
             if "::" not in op or op.endswith(".default"):
                 raise UsageError(f"allow {op!r}: write an operation as aten::name or aten::name.overload")
 
     def to_json(self) -> dict[str, Any]:
-        """The policy as plain JSON values; ``reductions`` is written where they are separate."""
+        """The policy as plain JSON values; ``reductions`` is written where they are separate, ``groups`` where
+        they are given."""
         return {
             **({} if self.reductions == "merged" else {"reductions": self.reductions}),
+            **({} if self.groups is None else {"groups": self.groups}),
             "scope": self.guarantee.scope,
             "place": self.guarantee.place,
             "allow": list(self.allow),
@@ -129,4 +136,5 @@ class Policy:
 def from_json(held: dict[str, Any]) -> Policy:
     """The policy that ``Policy.to_json`` gave."""
     guarantee = Guarantee(held["scope"], held["place"])
-    return Policy(guarantee, tuple(held["allow"]), held["uncovered"], held.get("reductions", "merged"))
+    reductions, groups = held.get("reductions", "merged"), held.get("groups")
+    return Policy(guarantee, tuple(held["allow"]), held["uncovered"], reductions, groups)

@@ -105,7 +105,10 @@ SCALED = "torch fuses alpha * other into the sum on some machines and not on oth
 
 FROM_INTEGERS = "it makes floating point of integers on a path that no proof covers: convert its input first"
 
-TENSOR_PARALLEL = "scope 'tp' is not built in this version: use scope 'batch' on one process"
+OTHER_TREE = (
+    "under scope 'tp' parts of a sum cross ranks in float32 and are joined by a tree, which detinfer's row-parallel layers "
+    "do (detinfer record --policy tp); torch.distributed adds rounded parts in rank order: use scope 'batch'"
+)
 
 ELSEWHERE = (
     "a tensor is {what}, and this version keeps its promise for dense tensors on CPU and on CUDA devices only: move or "

@@ -69,7 +69,7 @@ def verdicts(result: Result) -> list[tuple[str, str, str]]:
     ]
     if result.consistency.ranks > 1:
         ranks = result.consistency
-        found.append(("ranks", ranks.verdict, f"{ranks.differing:,} of {ranks.tensors:,} sums differ between ranks"))
+        found.append(("ranks", ranks.verdict, f"{ranks.differing:,} of {ranks.tensors:,} shared results differ between ranks"))
     if control.verdict != "not_run":
         sentence = (
             f"{control.trials_diverged} of {control.trials} trials diverge with the policy off; reported, not judged"
@@ -87,7 +87,8 @@ def other_axes(result: Result) -> list[AxisResult]:
 def place(first: Divergence) -> str:
     """Where a divergence was found, in a line."""
     if first.axis:
-        where = f"{first.axis}; case {first.trial}, request {first.request}, position {first.row[0]}"
+        case = "" if first.trial is None else f"case {first.trial}, "
+        where = f"{first.axis}; {case}request {first.request}, row {list(first.row)}"
     elif first.batch is None:
         where = f"request {first.request} alone, row {list(first.row)}"
     else:

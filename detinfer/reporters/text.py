@@ -10,7 +10,14 @@ from rich.table import Table
 from detinfer.goldens.result import Cause, Divergence, Result, Tally
 from detinfer.reporters import summary
 
-_STYLES = {"same": "green", "diverged": "bold red", "stale": "yellow", "vacuous": "yellow", "not_run": "dim"}
+_STYLES = {
+    "same": "green",
+    "diverged": "bold red",
+    "stale": "yellow",
+    "vacuous": "yellow",
+    "not_promised": "yellow",
+    "not_run": "dim",
+}
 
 
 def show(result: Result, console: Console) -> None:
@@ -29,7 +36,8 @@ def show(result: Result, console: Console) -> None:
     _sensitivity(result, console)
     for part, what in ((invariance, "invariance"), (golden, "golden"), (control, "control")):
         if part.first is not None and (what != "control" or invariance.first is None):
-            _first(part.first, what, console, getattr(part, "cause", None))
+            allowed = part.verdict == "not_promised"
+            _first(part.first, "not promised" if allowed else what, console, getattr(part, "cause", None))
     _verdict(
         console, "invariance", invariance.verdict, f"{invariance.rows_differing:,} rows differ", invariance.reasons
     )
@@ -38,7 +46,7 @@ def show(result: Result, console: Console) -> None:
     _verdict(console, "golden", golden.verdict, differing, reasons if golden.verdict != "same" else [])
     ranked = result.consistency
     if ranked.ranks > 1:
-        count = f"{ranked.differing:,} of {ranked.tensors:,} sums over {ranked.ranks} ranks differ between ranks"
+        count = f"{ranked.differing:,} of {ranked.tensors:,} results that {ranked.ranks} ranks share differ between ranks"
         _verdict(console, "ranks", ranked.verdict, count, [ranked.first] if ranked.first else [])
     if golden.stale and golden.verdict == "same":
         console.print("           judged in another environment: every operation in it is portable", style="dim")
@@ -130,6 +138,7 @@ def _first(first: Divergence, what: str, console: Console, cause: Cause | None) 
         "control": "with the policy off, the first to differ",
         "invariance": "first cause",
         "golden": "first cause",
+        "not promised": "the first to differ, as it may",
     }
     console.print(f"\n[bold]{title[what]}[/] {first.unit} ({first.type}, {first.phase} step {first.step})")
     console.print(
@@ -137,7 +146,7 @@ def _first(first: Divergence, what: str, console: Console, cause: Cause | None) 
     )
     if cause is not None:
         show_cause(cause, console)
-    if what != "control":
+    if what not in ("control", "not promised"):
         if not first.axis:
             console.print("  its inputs agree, its output does not")
         console.print(f"  redo: {first.command}", soft_wrap=True)
@@ -164,6 +173,6 @@ def show_cause(cause: Cause, console: Console) -> None:
 
 
 def _verdict(console: Console, what: str, verdict: str, count: str, reasons: Sequence[str]) -> None:
-    console.print(f"{what:<10} [{_STYLES[verdict]}]{verdict.upper()}[/]  {count}")
+    console.print(f"{what:<10} [{_STYLES[verdict]}]{verdict.upper().replace('_', ' ')}[/]  {count}")
     for reason in reasons:
         console.print(f"           {reason}", soft_wrap=True)
