@@ -77,6 +77,12 @@ groups_option = click.option(
 tp_option = click.option(
     "--tp", type=int, metavar="N", help="Ranks to cut the model over, started here [default: 1, or torchrun's]."
 )
+timeout_option = click.option(
+    "--rank-timeout",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="How long a rank waits for another before it says so and all end [default: 600].",
+)
 device_option = click.option(
     "--device", metavar="DEVICE", help="Where the model runs: cpu or cuda [default: cpu, or where it was recorded]."
 )

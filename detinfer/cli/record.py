@@ -31,6 +31,7 @@ from detinfer.cli import options, ranks, vectors
 @click.option("--dtype", "dtype_name", metavar="DTYPE", help="float32, bfloat16 or float16 [default: the target's].")
 @options.device_option
 @options.tp_option
+@options.timeout_option
 @options.policy_option
 @options.allow_option
 @options.reductions_option
@@ -54,6 +55,7 @@ def record(
     dtype_name: str | None,
     device: str | None,
     tp: int | None,
+    rank_timeout: float | None,
     scope: str | None,
     allow: tuple[str, ...],
     reductions: str | None,
@@ -86,7 +88,7 @@ def record(
 
     console = Console(stderr=True, highlight=False, quiet=ranks.number() > 0)
     policy = options.policy(scope, allow, reductions, groups)
-    with console.status("loading") as status, ranks.joined(size) as everyone:
+    with console.status("loading") as status, ranks.joined(size, rank_timeout) as everyone:
         loaded = targets.load(target, options.dtype(dtype_name), seed, everyone, where, policy.reductions, policy)
         requests, inputs = prepare(
             loaded, prompts, count=n_prompts, length=length, decode_steps=decode_steps, seed=seed

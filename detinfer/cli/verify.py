@@ -44,6 +44,7 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
 @click.option("--target", "spec", metavar="TARGET", help="Where the model is now [default: where it was recorded].")
 @options.device_option
 @click.option("--tp", type=int, metavar="N", help="Ranks [default: as recorded; of vectors, all].")
+@options.timeout_option
 @options.reductions_option
 @click.option("--jobs", type=int, metavar="N", help="Share the trials over N processes, or over those of torchrun.")
 @click.option(
@@ -72,6 +73,7 @@ def verify(
     spec: str | None,
     device: str | None,
     tp: int | None,
+    rank_timeout: float | None,
     reductions: Reductions | None,
     jobs: int | None,
     resume_file: Path | None,
@@ -110,7 +112,15 @@ def verify(
     shared.check(jobs, tp)
     console = Console(stderr=True, highlight=False, quiet=ranks.number() > 0)
     opening = opened(
-        context, golden, console, spec=spec, device=device, tp=tp, reductions=reductions, alone=jobs is not None
+        context,
+        golden,
+        console,
+        spec=spec,
+        device=device,
+        tp=tp,
+        reductions=reductions,
+        alone=jobs is not None,
+        rank_timeout=rank_timeout,
     )
     with shared.stopping(), opening as held:
         if saved is not None and resume_file is not None:

@@ -143,9 +143,7 @@ def _compare(golden: Any, entry: Recorded, node: Node, here: Sequence[Shapes], m
     return first
 
 
-def _path(
-    golden: Any, entry: Recorded, path: str, tensor: torch.Tensor, here: Sequence[Shapes], mine: int
-) -> Rows:
+def _path(golden: Any, entry: Recorded, path: str, tensor: torch.Tensor, here: Sequence[Shapes], mine: int) -> Rows:
     digests = [dict(tree.tensors(node)).get(path) for node in entry.nodes]
     if None in digests or any(path not in rank for rank in here):
         raise Unaligned("another structure")

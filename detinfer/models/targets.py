@@ -178,7 +178,9 @@ def as_on(target: Target, size: int, seed: int, reductions: Reductions) -> Targe
 def finish(spec: str, loaded: Loaded, ranks: Ranks = ALONE) -> Target:
     """A target of a loaded module, checked and with its digests: those of all ranks' shares together."""
     module = loaded.module.eval().requires_grad_(False)
-    whole = _of_transformers(module)  # its shares know the tensors that they are of, and each rank has its configuration
+    whole = _of_transformers(
+        module
+    )  # its shares know the tensors that they are of, and each rank has its configuration
     return Target(
         spec=spec,
         kind=loaded.kind,

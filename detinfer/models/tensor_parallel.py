@@ -7,6 +7,7 @@ that the ranks can be compared byte for byte.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import re
 import tempfile
@@ -29,8 +30,6 @@ SUMMED = ("rowwise", "rowwise_rep", "rowwise_split_input", "embedding_rowwise", 
 GATHERED = ("colwise_rep", "colwise_gather_output")
 """Styles whose modules end in a gathering of every rank's columns."""
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
 
 def load(spec: str, whole: Callable[[], Loaded], dtype: torch.dtype | None, ranks: Ranks) -> Loaded:
     """This rank's share of a transformers causal language model; all ranks call it together.
@@ -38,15 +37,15 @@ def load(spec: str, whole: Callable[[], Loaded], dtype: torch.dtype | None, rank
     ``whole`` loads all of it, unless ``spec`` is ``hf:``, whose files transformers reads share by share. Raises
     TargetError where the model has no plan or its heads cannot be shared out evenly.
     """
-    with _files(spec, whole, ranks) as (source, tokenizer), huggingface.quiet():
+    with _files(spec, whole, ranks) as (source, config, tokenizer), huggingface.quiet():
         library = huggingface.transformers(spec)
-        config = _config(spec, library, source)
         check(spec, config, ranks.size)
         join(ranks)
         plan = library.distributed.DistributedConfig(tp_plan="auto", tp_size=ranks.size)
         try:
             module, report = library.AutoModelForCausalLM.from_pretrained(
                 source,
+                config=config,
                 dtype=dtype or "auto",
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -65,10 +64,12 @@ def load(spec: str, whole: Callable[[], Loaded], dtype: torch.dtype | None, rank
 
 
 @contextmanager
-def _files(spec: str, whole: Callable[[], Loaded], ranks: Ranks) -> Iterator[tuple[str, Any]]:
-    """Where the model's files are, and its tokenizer; they are written here where there are none."""
+def _files(spec: str, whole: Callable[[], Loaded], ranks: Ranks) -> Iterator[tuple[str, Any, Any]]:
+    """Where the model's files are, its configuration and its tokenizer; files are written where there are none."""
     if spec.startswith("hf:"):
-        yield huggingface.source(spec.removeprefix("hf:")), huggingface.tokenizer(spec.removeprefix("hf:"))
+        name = spec.removeprefix("hf:")
+        place = huggingface.source(name)
+        yield place, _config(spec, huggingface.transformers(spec), place), huggingface.tokenizer(name)
         return
     loaded = whole()
     if not is_transformers(loaded.module) or loaded.kind != "causal_lm":
@@ -77,8 +78,8 @@ def _files(spec: str, whole: Callable[[], Loaded], ranks: Ranks) -> Iterator[tup
             "and transformers' causal language models can. Leave --tp out"
         )
     module: Any = loaded.module
-    tokenizer = loaded.tokenizer
-    check(spec, module.config, ranks.size)
+    tokenizer, config = loaded.tokenizer, copy.deepcopy(module.config)  # saving writes into it
+    check(spec, config, ranks.size)
     with tempfile.TemporaryDirectory() as own:
         folder = ranks.share(own)[0]
         if ranks.rank == 0:
@@ -86,7 +87,7 @@ def _files(spec: str, whole: Callable[[], Loaded], ranks: Ranks) -> Iterator[tup
                 module.save_pretrained(folder)
         del module, loaded  # all of it, on every rank
         ranks.share(None)
-        yield folder, tokenizer
+        yield folder, config, tokenizer
         ranks.share(None)
 
 
@@ -160,8 +161,3 @@ def _noting(ranks: Ranks, name: str, summed: bool) -> Callable[..., None]:
             ranks.note(held, name, summed=summed)
 
     return note
-
-
-def mixes(config: Any) -> bool:
-    """Whether a configuration is that of a mixture of experts."""
-    return any(getattr(config.get_text_config(), name, None) for name in _EXPERTS)

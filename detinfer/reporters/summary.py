@@ -69,7 +69,9 @@ def verdicts(result: Result) -> list[tuple[str, str, str]]:
     ]
     if result.consistency.ranks > 1:
         ranks = result.consistency
-        found.append(("ranks", ranks.verdict, f"{ranks.differing:,} of {ranks.tensors:,} shared results differ between ranks"))
+        found.append(
+            ("ranks", ranks.verdict, f"{ranks.differing:,} of {ranks.tensors:,} shared results differ between ranks")
+        )
     if control.verdict != "not_run":
         sentence = (
             f"{control.trials_diverged} of {control.trials} trials diverge with the policy off; reported, not judged"

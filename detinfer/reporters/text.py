@@ -46,7 +46,9 @@ def show(result: Result, console: Console) -> None:
     _verdict(console, "golden", golden.verdict, differing, reasons if golden.verdict != "same" else [])
     ranked = result.consistency
     if ranked.ranks > 1:
-        count = f"{ranked.differing:,} of {ranked.tensors:,} results that {ranked.ranks} ranks share differ between ranks"
+        count = (
+            f"{ranked.differing:,} of {ranked.tensors:,} results that {ranked.ranks} ranks share differ between ranks"
+        )
         _verdict(console, "ranks", ranked.verdict, count, [ranked.first] if ranked.first else [])
     if golden.stale and golden.verdict == "same":
         console.print("           judged in another environment: every operation in it is portable", style="dim")

@@ -27,8 +27,8 @@ class Rotated:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sound, name)
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        total = self._sound.all_reduce(x)
+    def all_reduce(self, x: torch.Tensor, order: Any = "rank_order") -> torch.Tensor:
+        total = self._sound.all_reduce(x, order=order)
         parts = [to_bits(part) for part in self._sound.all_gather(x[None])]
         if os.environ["FAULT"] == "one" and self._sound.rank != 2:
             return total
@@ -39,8 +39,8 @@ class Rotated:
 def main() -> int:
     prove = Spread._prove
 
-    def then_rotate(self: Any, dtype: torch.dtype) -> None:
-        prove(self, dtype)
+    def then_rotate(self: Any, dtype: torch.dtype, order: Any = "rank_order") -> None:
+        prove(self, dtype, order)
         self._communicator = Rotated(self._communicator)
 
     Spread._prove = then_rotate  # type: ignore[method-assign]

@@ -335,7 +335,6 @@ def test_one_manager_may_be_used_again_and_inside_itself(fake: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "part"),
     [
-        (("tp",), RefusedError, "not built in this version"),
         (("batches",), UsageError, "one of run, batch, tp"),
         ((None,), UsageError, "a Policy, or a scope"),
     ],

@@ -12,7 +12,7 @@ from detinfer.errors import UsageError
 from detinfer.policy.collectives import Ranks
 from detinfer.policy.copies import COPIES, casts
 from detinfer.policy.decide import Family, Known, decide
-from detinfer.policy.policy import Accepted, Guarantee, Policy, Proof, Refused
+from detinfer.policy.policy import Accepted, Guarantee, Policy, Proof, Refused, from_json
 from detinfer.policy.variants import SCALED, SUMS, VARIES, WHOLE_STEPS, variant
 
 f32, bf16, f16, f64, i64, boolean = (
@@ -163,12 +163,10 @@ def test_one_rounding_of_other_operands_is_not_portable() -> None:
     assert isinstance(decide(portable, "aten::_to_copy", (i64, f32), there), Accepted)
 
 
-def test_scope_tp_is_refused_with_a_sentence() -> None:
-    """Nothing runs under a promise that is not kept yet, whatever is allowed."""
-    policy = Policy(Guarantee("tp"), allow=("aten::mean.dim",))
-    decision = decide(policy, "aten::mean.dim", (f32,), KNOWN)
-    assert isinstance(decision, Refused)
-    assert "not built in this version" in decision.reason
+def test_scope_tp_takes_the_paths_of_batch_on_one_process() -> None:
+    """Same decisions, row by row; what differs is how a cut model is added over ranks."""
+    for op in ("aten::mean.dim", "aten::add.Tensor", "aten::cumsum"):
+        assert decide(Policy(Guarantee("tp")), op, (f32,), KNOWN) == decide(Policy(), op, (f32,), KNOWN)
 
 
 def test_scope_run_takes_the_paths_of_batch() -> None:
@@ -301,5 +299,24 @@ def test_a_collective_needs_its_proof_and_its_group() -> None:
     found = decide(allowed, "c10d::allreduce_", (f32,), KNOWN, variant="product", ranks=_ranks())
     assert isinstance(found, Accepted) and (found.path, found.proof) == ("torch", None)
     assert decide(allowed, "c10d::allreduce_", (f32,), KNOWN, variant="sum", ranks=_ranks()).path == "csrc/all_reduce"
+
+
+def test_scope_tp_refuses_rounded_parts_in_rank_order() -> None:
+    """A floating-point sum of torch.distributed; what no order changes stays."""
     scoped = Policy(Guarantee("tp"))
-    assert isinstance(decide(scoped, "c10d::allreduce_", (f32,), KNOWN, variant="sum", ranks=_ranks()), Refused)
+    for added in ("sum", "avg"):
+        found = decide(scoped, "c10d::allreduce_", (f32,), KNOWN, variant=added, ranks=_ranks())
+        assert isinstance(found, Refused) and "joined by a tree" in found.reason
+    for exact, dtype in (("max", f32), ("sum", i64)):
+        found = decide(scoped, "c10d::allreduce_", (dtype,), KNOWN, variant=exact, ranks=_ranks())
+        assert isinstance(found, Accepted)
+
+
+def test_groups_belong_to_scope_tp() -> None:
+    """They travel with the policy, and no other scope has them."""
+    policy = Policy(Guarantee("tp"), groups=3)
+    assert from_json(policy.to_json()) == policy
+    assert "groups" not in Policy(Guarantee("tp")).to_json()
+    for wrong in (lambda: Policy(groups=2), lambda: Policy(Guarantee("tp"), groups=0)):
+        with pytest.raises(UsageError, match="groups"):
+            wrong()

@@ -1,0 +1,93 @@
+"""``--tp`` of transformers models: cut by their own plan, compared between ranks and with another number of ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
+HERE = Path(__file__).parent
+sys.path.append(str(HERE))
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import tp_models
+
+    return tp_models.write(tmp_path_factory.mktemp("llama"))
+
+
+def tp_axis(result: dict[str, Any]) -> dict[str, Any]:
+    """What the axis ``tp`` found."""
+    found: dict[str, Any] = next(axis for axis in result["invariance"]["axes"] if axis["name"] == "tp")
+    return found
+
+
+def test_three_ranks_under_batch_and_under_tp(target: str, tmp_path: Path) -> None:
+    """Recorded on one rank, verified on three: under ``batch`` bits differ, which is no failure; under ``tp`` none does.
+
+    Shares of every tensor are laid beside the whole: no output is left out.
+    """
+    import tp_models
+
+    found = {}
+    for scope, options in (("batch", ()), ("tp", ("--groups", "3"))):
+        golden = tp_models.record(target, tmp_path / scope, "--policy", scope, *options)
+        code, found[scope] = tp_models.verified(golden, tmp_path / f"{scope}.json", "--tp", "3")
+        assert code == 0
+    verdicts = {scope: result["golden"]["verdict"] for scope, result in found.items()}
+    assert verdicts == {"batch": "not_promised", "tp": "same"}
+    compared = {result["golden"]["rows_compared"] for result in found.values()}
+    assert len(compared) == 1 and compared.pop() > 1000
+    for scope, result in found.items():
+        assert result["invariance"]["verdict"] == "same"
+        assert not any("not compared" in reason for reason in result["golden"]["reasons"])
+        consistency = result["consistency"]
+        assert (consistency["verdict"], consistency["ranks"], consistency["differing"]) == ("same", 3, 0)
+        assert consistency["tensors"] > 200
+        assert (tp_axis(result)["rows_differing"] > 0) == (scope == "batch")
+        seen = {probe["operation"]: probe["seen"] for probe in result["invariance"]["sensitivity"]}
+        assert seen["detinfer::all_reduce"], "an order begun at another rank shows"
+    first = found["batch"]["golden"]["first"]
+    assert first["unit"] == "model.layers.0.self_attn.o_proj", "nothing before the first sum over ranks differs"
+
+
+def test_a_rank_of_torchrun_that_holds_other_bytes(target: str, tmp_path: Path) -> None:
+    """Rank 2's first down projection differs by a bit: it is named, and no golden is written."""
+    import tp_models
+
+    golden = tmp_path / "golden"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    words = ["record", target, "-o", str(golden), *tp_models.SMALL, "--decode-steps", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "FAULT": "model.layers.0.mlp.down_proj"}
+    command = [sys.executable, *torchrun, str(HERE / "odd_rank.py"), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and not golden.exists()
+    assert "model.layers.0.mlp.down_proj: rank 2 holds other bytes than rank 0" in done.stderr
+
+
+def test_what_cannot_be_cut_says_why(target: str) -> None:
+    """Whole heads on every rank, as many on each; a model without a plan; groups that ranks cannot share."""
+    import transformers
+    import zoo
+
+    from detinfer.errors import TargetError
+    from detinfer.models import row_parallel, tensor_parallel
+
+    config = transformers.AutoConfig.from_pretrained(target.removeprefix("hf:"))
+    tensor_parallel.check(target, config, 3)
+    with pytest.raises(TargetError, match=r"3 KV heads cannot be shared out evenly over 2 ranks.*--tp 3 would do"):
+        tensor_parallel.check(target, config, 2)
+    with pytest.raises(TargetError, match="no tensor-parallel plan for GPT2Config"):
+        tensor_parallel.check("gpt2", zoo.build("gpt2", torch.float32).config, 2)
+    with pytest.raises(TargetError, match="3 ranks cannot share 8 groups of a sum; 1, 2, 4, 8 can"):
+        row_parallel.check(8, 3)
