@@ -85,7 +85,7 @@ def verify(
     """Replay every recorded layer and the whole model of GOLDEN in batches, and compare the bytes of every row.
 
     Two verdicts: invariance (rows agree with the same rows run alone, here and now) and golden (rows agree with the
-    file). On several ranks a third: all hold the same bytes of every sum. A sweep that could not have failed is called
+    file). On several ranks a third: all hold the same bytes of what they share. A sweep that could not have failed is called
     vacuous. Of a folder of vectors, every path of this machine is compared with every vector.
     """
     from detinfer.goldens.vectors.file import is_vectors
