@@ -44,7 +44,7 @@ OPTIONS = {
     "eval run": {"--allow", "--policy", "--repeat", "--report", "--sample", "--seed", "--uncovered", "--unobserved"},
     "fingerprint explain": set(),
     "fingerprint show": {"--allow", "--json", "--policy"},
-    "policy explain": {"--allow", "--json", "--policy"},
+    "policy explain": {"--allow", "--dtype", "--json", "--policy"},
     "prove": {"--dtype", "--force", "--json", "--shape"},
     "record": {
         "--allow",

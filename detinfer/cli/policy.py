@@ -7,11 +7,13 @@ from typing import Any
 
 import click
 
+from detinfer import bits
 from detinfer.policy import Accepted, Decision, explain
 from detinfer.policy.aiter import explain_aiter
 from detinfer.policy.configured import configured
 from detinfer.policy.dispatch import explain_dispatch
 from detinfer.policy.listing_collectives import explain_collectives
+from detinfer.policy.refusals import DTYPES
 from detinfer.policy.switches import read_switches
 
 
@@ -24,10 +26,18 @@ def policy() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--policy", "scope", metavar="SCOPE", help="Scope, in place of the configured one: batch or run.")
 @click.option("--allow", multiple=True, metavar="OP", help="In place of the configured list. Repeatable.")
-def explain_command(as_json: bool, scope: str | None, allow: tuple[str, ...]) -> None:
+@click.option(
+    "--dtype",
+    "names",
+    multiple=True,
+    type=click.Choice([bits.dtype_name(dtype) for dtype in DTYPES]),
+    help="In place of all three. Repeatable.",
+)
+def explain_command(as_json: bool, scope: str | None, allow: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Print every operation and path with its decision and the reason; makes every proof."""
     found, origins = configured(scope=scope, allow=allow or None)
-    decisions = [*explain(found), *explain_collectives(found), *explain_dispatch(), *explain_aiter()]
+    dtypes = [dtype for dtype in DTYPES if not names or bits.dtype_name(dtype) in names]
+    decisions = [*explain(found, dtypes), *explain_collectives(found, dtypes), *explain_dispatch(), *explain_aiter()]
     switches = read_switches(found)
     if as_json:
         rows = [decision.to_json() for decision in decisions]

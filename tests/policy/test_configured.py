@@ -109,6 +109,11 @@ def test_explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     proofs = [row["proof"] for row in found["decisions"] if row["op"] == "c10d::allreduce_" and row["accepted"]]
     assert {proof["subject"] for proof in proofs} >= {f"all_reduce {op} bfloat16 3 ranks" for op in ("sum", "max")}
     assert all(row["reason"] for row in found["decisions"])
+    assert run(["policy", "explain", "--json", "--dtype", "bfloat16"]) == 0
+    of_one = json.loads(capsys.readouterr().out)["decisions"]
+    sums = {row["proof"]["subject"] for row in of_one if row["op"] == "c10d::allreduce_" and row["accepted"]}
+    assert sums == {proof["subject"] for proof in proofs if " bfloat16 " in proof["subject"]}
+    assert ("aten::mm", "csrc/matmul") in {(row["op"], row["path"]) for row in of_one}
     monkeypatch.setenv("NCCL_ALGO", "ring")
     assert run(["policy", "explain"]) == 0
     text = capsys.readouterr().out
