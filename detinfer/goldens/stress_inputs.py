@@ -74,7 +74,7 @@ def _product(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Gener
             return torch.mm(flat, column) if name == "mm" else torch.matmul(flat, column)
         return torch.addmv(shift, flat, w[0])[:, None] if name == "addmv" else torch.addmm(shift, flat, column)
 
-    return Stress(run, operands, plant, _same, length, f"{length} -> {columns}")
+    return Stress(run, operands, plant, _same, length, f"{length} -> {columns}", product=True)
 
 
 def _row(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Generator) -> Stress:
@@ -138,7 +138,7 @@ def _attention(name: str, dtype: torch.dtype, shapes: Shapes, rng: np.random.Gen
         query, key, value = args
         return F.scaled_dot_product_attention(query, key, value, enable_gqa=heads != groups)
 
-    return Stress(run, make, plant, _same, length, f"{queries} queries, {length} keys, width {width}")
+    return Stress(run, make, plant, _same, length, f"{queries} queries, {length} keys, width {width}", product=True)
 
 
 _BUILDERS: dict[str, Callable[[str, torch.dtype, Shapes, np.random.Generator], Stress]] = {

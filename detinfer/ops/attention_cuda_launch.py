@@ -47,7 +47,7 @@ def kernels_of_triton() -> Any:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Keys:
     """Which keys each query row sees, and where they lie.
 
@@ -100,7 +100,12 @@ def _power(count: int) -> int:
 
 
 def padded(depth: int) -> int:
-    return max(16, _power(depth))
+    """Columns of a tile for heads of ``depth``: the rest are zeros, whose products change no sum.
+
+    64 at least: in narrower tiles the ptxas that comes with Triton 3.6 (12.8) lost half of a matrix descriptor, so that the
+    unit read keys from anywhere in shared memory.
+    """
+    return max(64, _power(depth))
 
 
 def run(
@@ -177,12 +182,14 @@ class Launch:
         self.work = (0, 0, 0, 0)
         self.tiles: tuple[list[Any], list[Any]] = ([], [])
         """For the copy engine: shape, strides and block of K and of V."""
+        self.compiled: tuple[Any, tuple[Any, ...]] | None = None
+        """What Triton made of the kernel for these arguments at the first start, and the constants in their order."""
 
     def start(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(the result, its log-sum-exp if it was asked for)."""
-        if q.device.index != torch.cuda.current_device():
+        if q.device.index != torch._C._cuda_getDevice():
             with torch.cuda.device(q.device):
                 return self._start(q, k, v, keys)
         return self._start(q, k, v, keys)
@@ -198,7 +205,7 @@ class Launch:
         to_lse = q if lse is None else lse  # q: a pointer that is not followed
         if self.kernel == "prefill":
             described = [kernels.descriptor(t, *how) for t, how in zip((k, v), self.tiles, strict=True)]
-            kernels.prefill[self.grid](q, k, v, *described, out, to_lse, *self.numbers, **self.constants)
+            self._run(kernels.prefill, (q, k, v, *described, out, to_lse))
             return out, lse
         mask = keys.added
         if mask is not None and mask.dtype is torch.bool:
@@ -211,11 +218,23 @@ class Launch:
         )
         pointers = (q, k, v, out, to_lse, sinks, table, lengths, starts, *span, mask)
         if self.kernel == "tiles":
-            kernels.tiles[self.grid](*pointers, *self.numbers, **self.constants)
+            self._run(kernels.tiles, pointers)
         else:
-            parts = _workspace(q.device, *self.work)
-            kernels.decode[self.grid](*pointers, *parts, *self.numbers, **self.constants)
+            self._run(kernels.decode, (*pointers, *_workspace(out, *self.work)))
         return out, lse
+
+    def _run(self, kernel: Any, tensors: tuple[Any, ...]) -> None:
+        """Start ``kernel``. Only the first time is Triton asked which machine code these arguments need: the answer takes
+        tens of microseconds and follows from dtypes, alignments and numbers, which are the launch's own."""
+        if self.compiled is None:
+            made = kernel[self.grid](*tensors, *self.numbers, **self.constants)
+            if made is not None:
+                constants = tuple(self.constants[name] for name in kernel.arg_names if name in self.constants)
+                self.compiled = made[(*self.grid, 1)], constants
+            return
+        start, constants = self.compiled
+        stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+        start(*tensors, *self.numbers, *constants, stream=stream)
 
 
 def _cut(
@@ -351,13 +370,21 @@ class _Counters:
         self._of_stream: dict[tuple[int, int], torch.Tensor] = {}
         self._reserve: dict[int, tuple[torch.Tensor, int]] = {}
         self._kept: list[torch.Tensor] = []  # captured launches hold on to their reserve, and nobody knows how long
+        self._low = False  # whether more than half of a reserve is gone: the next call outside a capture makes another
         self._lock = threading.Lock()
 
     def take(self, count: int, device: torch.device) -> torch.Tensor:
-        index = torch.cuda.current_device()
+        """``count`` zeros on ``device``, the current one."""
+        index = torch._C._cuda_getDevice()
+        capturing = torch.cuda.is_current_stream_capturing()
+        key = (index, torch._C._cuda_getCurrentRawStream(index))
+        own = self._of_stream.get(key)
+        if own is not None and own.numel() >= count and not capturing and not self._low:
+            return own
         with self._lock:
             reserve, used = self._reserve.get(index, (None, 0))
-            if torch.cuda.is_current_stream_capturing():
+            if capturing:
+                self._low = reserve is None or (used + count) * 2 > reserve.numel()
                 if reserve is None or used + count > reserve.numel():
                     return torch.zeros(count, dtype=torch.int32, device=device)
                 self._reserve[index] = (reserve, used + count)
@@ -367,7 +394,7 @@ class _Counters:
                 torch.cuda.current_stream().synchronize()  # a graph of another stream may be the first to use it
                 self._kept.append(reserve)
                 self._reserve[index] = (reserve, 0)
-            key = (index, torch.cuda.current_stream().cuda_stream)
+            self._low = False
             own = self._of_stream.get(key)
             if own is None or own.numel() < count:
                 own = self._of_stream[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
@@ -377,13 +404,18 @@ class _Counters:
 _counters = _Counters()
 
 
-def _workspace(device: torch.device, programs: int, splits: int, rows: int, width: int) -> tuple[torch.Tensor, ...]:
+def _workspace(out: torch.Tensor, programs: int, splits: int, rows: int, width: int) -> tuple[torch.Tensor, ...]:
     """Where the splits of a launch leave (maximum, sum, values), and the counts of those that did."""
+    device = out.device
+    if splits == 1:
+        return _nowhere(device.index)  # a row's one split is its result
     count = programs * splits * rows
     space = torch.empty(count * (width + 2), dtype=torch.float32, device=device)
-    outs, tops, totals = (
-        space[: count * width],
-        space[count * width : count * (width + 1)],
-        space[count * (width + 1) :],
-    )
+    outs, tops, totals = space.split((count * width, count, count))
     return tops, totals, outs, _counters.take(programs, device)
+
+
+@functools.cache
+def _nowhere(index: int) -> tuple[torch.Tensor, ...]:
+    parts, counts = (torch.zeros(4, dtype=dtype, device=f"cuda:{index}") for dtype in (torch.float32, torch.int32))
+    return parts, parts, parts, counts

@@ -52,12 +52,24 @@ HOOKS: tuple[Hook, ...] = (
         ("gpt_oss",),
         "the sink stands behind the last key, so that its place in the sum depends on the number of keys",
     ),
+    Hook(
+        "transformers.integrations.sdpa_attention",
+        "use_gqa_in_sdpa",
+        lambda _: _shared_heads,
+        ("llama", "qwen3", "gemma3", "mixtral", "qwen3_moe"),
+        "under a mask it copies K and V once for each query head, which our attention reads where they lie: the same bytes",
+    ),
 )
 
 
 def _get_interface(self: Any, experts_implementation: Any, default: Any) -> Any:
     """Whatever form a model was configured with, ours runs."""
     return ours.experts_forward
+
+
+def _shared_heads(*_: Any) -> bool:
+    """Whether attention may be given fewer heads of K and V than of queries: ours takes them with and without a mask."""
+    return True
 
 
 def _register(module: Any) -> None:

@@ -17,8 +17,11 @@ from detinfer.models.targets import Loaded, checked, device_of, finish, on
 
 def target() -> Any:
     """One layer, and a request that holds tensors at several depths."""
-    x = torch.arange(4.0).view(1, 4)
-    return finish("here", Loaded("module", nn.Linear(4, 3), inputs=[((x, [x, (x,)]), {"other": {"deep": x}, "n": 3})]))
+    x, layer = torch.arange(4.0).view(1, 4), nn.Linear(4, 3)
+    with torch.no_grad():
+        for place, weight in enumerate(layer.parameters()):
+            weight.copy_(torch.arange(weight.numel()).view(weight.shape) / 8 - place)
+    return finish("here", Loaded("module", layer, inputs=[((x, [x, (x,)]), {"other": {"deep": x}, "n": 3})]))
 
 
 @pytest.mark.parametrize(

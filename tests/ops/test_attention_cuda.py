@@ -72,6 +72,32 @@ def test_depths_and_kernels(depth: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FEW)
+@pytest.mark.parametrize(("depth", "value_depth"), [(24, 16), (12, 12), (192, 128)])
+def test_heads_of_two_depths(depth: int, value_depth: int, dtype: torch.dtype) -> None:
+    """Keys deeper than values, and heads narrower than a tile: every kernel, under no mask, a bool one and an added one."""
+    query, key, value = stress((4, 4), 70, 300, depth, dtype, 2)
+    value = value[..., :value_depth].contiguous()
+    draw = torch.Generator("cuda").manual_seed(5)
+    seen = torch.randint(0, 10, (2, 1, 70, 300), generator=draw, device="cuda") < 8
+    bias = torch.randint(-8, 9, (2, 1, 70, 300), generator=draw, device="cuda") / 4
+    causal = causal_mask(70, 300)
+    hidden = torch.zeros(seen.shape, device="cuda").masked_fill(~seen, -math.inf)
+    want = reference(query, key, value, causal)
+    check_close(want, (query, key, value), causal, f"{depth} and {value_depth}")
+    differ(reference(query, key, value, causal, backwards=True), want)
+    paths = ("tiles", "prefill") if depth % 8 == value_depth % 8 == 0 and depth <= 128 else ("tiles",)
+    for path in paths:
+        same(by_path((query, key, value), Keys(None, True, 230), path), want, path)
+    same(by_path((query[:, :, -1:], key, value), Keys(), "decode"), want[:, :, -1:], "decode")
+    for mask, added in ((seen, hidden), ((hidden + bias).to(dtype), (hidden + bias).to(dtype))):
+        masked = reference(query, key, value, added)
+        for path in ("tiles", "decode"):
+            got = by_path((query, key, value), Keys(mask.expand(2, 4, 70, 300)), path)
+            same(got, masked, f"{mask.dtype} by {path}")
+        same(sdpa(query, key, value, mask), masked, "as a program calls it")
+
+
+@pytest.mark.parametrize("dtype", FEW)
 def test_splits_grow_with_the_row(dtype: torch.dtype) -> None:
     """Where 4096 keys become 4097 the splits of a row become longer, in prefill at any cut and in decode alike."""
     query, key, value = stress((4, 1), 300, 4250, 64, dtype)
@@ -119,7 +145,8 @@ def test_a_static_cache_in_a_graph(dtype: torch.dtype) -> None:
 def test_masks(dtype: torch.dtype) -> None:
     """Bool and added masks with holes, shared by the heads or not; a row that sees nothing is +0; broadcast rows."""
     query, key, value = stress((6, 2), 70, 700, 64, dtype, 2)
-    kept = torch.rand(2, 6, 70, 700, device="cuda") < 0.7
+    draw = torch.Generator("cuda").manual_seed(3)
+    kept = torch.randint(0, 10, (2, 6, 70, 700), generator=draw, device="cuda") < 7
     kept[:, :, 5] = False
     kept[:, :, 6, :300] = False
     for holes in (kept, kept[:, :1], kept[:1, :1, :1]):

@@ -16,18 +16,47 @@ from detinfer.ops.attention_cuda import attention, paged_attention, scaled_dot_p
 from detinfer.ops.attention_cuda_launch import Keys, plan
 
 
+def shown(arguments: tuple[Any, ...]) -> list[Any]:
+    return [("tensor", a.data_ptr(), a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
 class Kernel:
     """Stands for a kernel of Triton and keeps what its launches are given."""
 
     def __init__(self, name: str, calls: list[tuple[Any, ...]]) -> None:
         self.name, self.calls = name, calls
+        # In an order of their own, as the kernels' parameters have one.
+        self.arg_names = sorted(["Q", "K", "V", "G", "SHARE", "D", "DV", "DP", "DVP", "CAUSAL", "WANT_LSE", "BM", "PAGE",
+                                 "WINDOW", "SPANS", "MASK", "STARTED", "COUNTED", "SINK", "POSITIONS", "SCAN"])  # fmt: skip
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any, **constants: Any) -> None:
-            shown = [("tensor", a.data_ptr(), a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
-            self.calls.append((self.name, grid, shown, constants))
+        def launch(*arguments: Any, **constants: Any) -> Any:
+            self.calls.append((self.name, grid, shown(arguments), constants))
+            return Compiled(self, constants)
 
         return launch
+
+
+class Compiled:
+    """What a launch gives: takes a grid of three, every parameter in its place, and the stream."""
+
+    def __init__(self, kernel: Kernel, constants: dict[str, Any]) -> None:
+        self.kernel, self.options = kernel, {n: c for n, c in constants.items() if n not in kernel.arg_names}
+        self.names = [name for name in kernel.arg_names if name in constants]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert len(grid) == 3 and grid[2] == 1
+
+        def start(*arguments: Any, stream: int) -> None:
+            assert stream == STREAM
+            count = len(self.names)
+            constants = dict(zip(self.names, arguments[-count:], strict=True)) | self.options
+            self.kernel.calls.append((self.kernel.name, grid[:2], shown(arguments[:-count]), constants))
+
+        return start
+
+
+STREAM = 77
 
 
 @pytest.fixture
@@ -45,7 +74,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     monkeypatch.setattr(attention_cuda_launch, "kernels_of_triton", lambda: kernels)
     monkeypatch.setattr(attention_cuda_launch, "_check_devices", lambda *_: None)
     monkeypatch.setattr(attention_cuda_launch, "_workspace", lambda *work: (space, space, space, space))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: STREAM, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     attention_cuda._launches.clear()
     yield made

@@ -101,3 +101,27 @@ def test_a_module_imported_inside_gets_its_hook(tmp_path: Path, monkeypatch: pyt
         put.remove()
     assert late.place() == "own"
     assert put not in sys.meta_path
+
+
+def test_a_mask_copies_no_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a mask attention is given K and V as the cache holds them; with the copies the bytes are the same."""
+    model, ids = zoo.build("llama", torch.bfloat16), zoo.tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    heads: list[tuple[int, int]] = []
+
+    def seen(op: str, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        if op == "aten::scaled_dot_product_attention":
+            heads.append((args[0].shape[1], args[1].shape[1]))
+
+    def run() -> bytes:
+        heads.clear()
+        with deterministic("batch", on_call=seen):
+            return bits.as_bytes(model(ids, attention_mask=mask).logits[:, 3:])
+
+    found = run()
+    assert heads == [(4, 2), (4, 2)]
+    table = [hook for hook in hooks.HOOKS if hook.attribute != "use_gqa_in_sdpa"]
+    monkeypatch.setattr("detinfer.policy.installed.Hooks", lambda: hooks.Hooks(table))
+    assert run() == found
+    assert heads == [(4, 4), (4, 4)], "without the hook they are copied"
