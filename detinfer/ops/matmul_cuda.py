@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,7 @@ PATHS = {"reference": 0, "skinny": 1, "tile": 2, "stream": 3}
 SKINNY_ROWS = 512
 """Rows of x that one call of the kernel for few rows takes."""
 
+_FEW_ROWS = 64  # up to here the kernels of csrc are as fast as any
 _COPY_ROWS = 128  # from here on a weight in another layout is worth a copy
 _KEPT_CALLS = 8192
 _head, _pointers = struct.Struct("@3i2fi16q"), struct.Struct("@4P")  # GpuMatmulArgs of csrc/matmul_gpu.h
@@ -135,6 +137,8 @@ def plan(
     single = x.dtype is torch.float32
     if not single and not (packed and vector and _is_bias(c, alpha, beta) and cublaslt.ready(key.device)):
         measured = None  # it holds for cuBLASLt's one form alone
+    if measured is None and not single and m > _FEW_ROWS and cublaslt.available():
+        _tell()
     if measured is None or single:
         chosen = by_rule(m, x.dtype, key.device) if measured is None else measured.choose(m)
         return [(0, 0, kernel(chosen.path, x, w, c, alpha, beta, chosen.variant))]
@@ -152,6 +156,16 @@ def plan(
         found.append((start, start * k * size, step))
         start += count
     return found
+
+
+@functools.cache
+def _tell() -> None:
+    """Say once in a process that speed is left lying: the bytes are right either way."""
+    logging.getLogger("detinfer").warning(
+        "linear layers run on kernels that need no proof, several times slower than cuBLASLt above %d rows: run `detinfer "
+        "prove TARGET` once on this machine (the bytes stay the same)",
+        _FEW_ROWS,
+    )
 
 
 def _is_bias(c: torch.Tensor | None, alpha: float, beta: float) -> bool:

@@ -6,6 +6,9 @@ Compiled only: nothing here runs on a GPU, and none of the kernels has ever run 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from detinfer.ops import attention_plain_triton, attention_prefill_triton, attention_triton  # noqa: E402
+
+sys.path.append(str(Path(__file__).parent))
+from uniform_registers import unwritten  # noqa: E402
 
 AMD = (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx950", 64))
 NVIDIA = GPUTarget("cuda", 90, 32)
@@ -92,6 +98,36 @@ def test_nvidia(name: str) -> None:
     widths = set(re.findall(r"kWidth = (\d+)", made.asm["ttgir"]))
     assert widths <= {"2"}, f"keys are permuted inside a product: {widths}"
     assert widths
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_uniform_register_is_read_before_it_is_written(name: str, tmp_path: Path) -> None:
+    """What the assembler of Triton 3.6 does wrong in tiles of 16 columns (``uniform_registers``)."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip(f"this Triton has no {tool}")
+    code = tmp_path / "kernel.cubin"
+    code.write_bytes(compiled(name, NVIDIA).asm["cubin"])
+    text = subprocess.run([tool, "--dump-sass", code], capture_output=True, text=True, check=True).stdout
+    assert text.count("MMA") >= 2 and not unwritten(text)
+
+
+def test_a_lost_write_is_found() -> None:
+    """The fault as it was seen, in short: one path writes UR30, the other does not, and a descriptor is made of it."""
+    lost = """
+        /*0000*/ S2UR UR4, SR_CTAID.X ;
+        /*0010*/ @P0 BRA 0x0040 ;
+        /*0020*/ USHF.R.S32.HI UR30, URZ, 0x1f, UR4 ;
+        /*0030*/ BRA 0x0050 ;
+        /*0040*/ UMOV UR12, UR4 ;
+        /*0050*/ UIADD3 UR30, UP0, UR30, 0x20, URZ ;
+        /*0060*/ UMOV UR31, 0xc0000010 ;
+        /*0070*/ HGMMA.64x16x16.F32.BF16 R32, R40, gdesc[UR28].tnspB, R32 ;
+        /*0080*/ EXIT ;
+    """
+    assert unwritten(lost) == [("0x50 UIADD3 UR30, UP0, UR30, 0x20, URZ", 30)]
+    assert not unwritten(lost.replace("UMOV UR12, UR4", "UMOV UR30, UR4"))
+    assert [n for _, n in unwritten(lost.replace("R32, R40, gdesc[UR28]", "R32, gdesc[UR28]"))] == [30, 28, 29]
 
 
 def test_a_byte_that_weights_depend_on_would_permute_keys(monkeypatch: pytest.MonkeyPatch) -> None:
