@@ -83,7 +83,12 @@ AXES = (
     Axis("speculative", "several decoded tokens in one step", schedules.speculative, _decodes),
     Axis("threads", "the number of threads", schedules.threads, _cpu),
     Axis("compiled", "torch.compile", None, _never("a policy runs compiled functions as they were written")),
-    Axis("tp", "the tensor-parallel size", None, _never("the golden was recorded on as many ranks: --tp N verifies it on another number")),
+    Axis(
+        "tp",
+        "the tensor-parallel size",
+        None,
+        _never("the golden was recorded on as many ranks: --tp N verifies it on another number"),
+    ),
 )
 NAMES = (*SWEPT, *(axis.name for axis in AXES))
 

@@ -230,7 +230,8 @@ class Launch:
             made = kernel[self.grid](*tensors, *self.numbers, **self.constants)
             if made is not None:
                 constants = tuple(self.constants[name] for name in kernel.arg_names if name in self.constants)
-                self.compiled = made[(*self.grid, 1)], constants
+                grid = (*self.grid, 1)
+                self.compiled = made[grid], constants
             return
         start, constants = self.compiled
         stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
@@ -411,7 +412,7 @@ def _workspace(out: torch.Tensor, programs: int, splits: int, rows: int, width: 
         return _nowhere(device.index)  # a row's one split is its result
     count = programs * splits * rows
     space = torch.empty(count * (width + 2), dtype=torch.float32, device=device)
-    outs, tops, totals = space.split((count * width, count, count))
+    outs, tops, totals = torch.split(space, [count * width, count, count])
     return tops, totals, outs, _counters.take(programs, device)
 
 

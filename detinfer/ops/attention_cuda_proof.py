@@ -37,7 +37,9 @@ def stress(
     large = integers(1, 256, batch, heads[1], pairs, depth) * 128
     v[:, :, at[:pairs]] = large
     v[:, :, at[pairs : 2 * pairs]] = -large
-    k[:, :, at[pairs : 2 * pairs]] = k[:, :, at[:pairs]]  # one weight for both: what is left shows what was rounded away
+    k[:, :, at[pairs : 2 * pairs]] = k[
+        :, :, at[:pairs]
+    ]  # one weight for both: what is left shows what was rounded away
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 

@@ -14,6 +14,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul_cuda, "kernel", lambda path, *_: path)
     monkeypatch.setattr(matmul_cuda, "_accelerates", lambda _: True)
     monkeypatch.setattr(cublaslt, "available", lambda: True)
+    monkeypatch.setattr(cublaslt, "ready", lambda _: True)
     matmul_cuda._tell.cache_clear()
 
 

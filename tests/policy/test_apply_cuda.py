@@ -143,9 +143,9 @@ def test_a_capture_holds_no_proof_and_replays_the_same_bytes() -> None:
     kept = proofs._made.copy()
     proofs._made.clear()
     try:
-        with deterministic("batch", uncovered="trust"), pytest.raises(RefusedError, match="before the capture"):  # noqa: SIM117
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                x.view(torch.int16).bitwise_not()  # torch warns of a graph that holds nothing
+        with deterministic("batch", uncovered="trust"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.view(torch.int16).bitwise_not()  # torch warns of a graph that holds nothing
+            with pytest.raises(RefusedError, match="before the capture"):
                 step()
     finally:
         proofs._made.update(kept)
