@@ -24,7 +24,14 @@ COLLECTIVES = ("communicator_gpu", "all_reduce", "all_gather", "all_reduce_rms_n
 SOURCES = tuple(sorted(file.stem for file in CSRC.glob("*.cu")))
 MUTANTS = (1, 2, 4, 5, 6)
 TESTS = ("all_reduce", "vectors", "processes", "protocol")
-MODELS = ("tests/ops", "tests/policy", "tests/models", "tests/test_environment.py")
+MODELS = (
+    "tests/ops",
+    "tests/policy",
+    "tests/models",
+    "tests/test_environment.py",
+    "tests/cli/test_prove.py",
+    "tests/bench",
+)
 
 
 def run(command: list[str], **variables: str) -> int:
