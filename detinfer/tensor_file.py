@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,27 +58,30 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: str | None 
 
     Raises OSError when it cannot be written, UnsupportedDtype for a dtype that the format has no name for.
     """
+    kinds: dict[str, tuple[torch.dtype, list[int]]] = {}
     for name, tensor in tensors.items():
         check_dtype(tensor.dtype, name)
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+        kinds[name] = tensor.dtype, list(tensor.shape)
+    order = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": {METADATA_KEY: metadata}}
     end = 0
     for name in order:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        dtype, shape = kinds[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     head += b" " * (-len(head) % 8)  # the data begins at a multiple of 8, as the format asks
-    parts: list[bytes | memoryview] = [len(head).to_bytes(8, "little"), head]
-    parts += [bits.as_memory(tensors[name]) for name in order]
-    whole = hashlib.sha256()
+    head = len(head).to_bytes(8, "little") + head
+    whole = hashlib.sha256(head)
     with path.open("wb") as file:
-        for part in parts:
+        file.write(head)
+        for name in order:  # one at a time: the mapping may read them from a disk
+            part = bits.as_memory(tensors[name])
             whole.update(part)
             file.write(part)
         file.flush()
         os.fsync(file.fileno())
-    return Written(8 + len(head) + end, whole.hexdigest())
+    return Written(len(head) + end, whole.hexdigest())
 
 
 def check_dtype(dtype: torch.dtype, what: str) -> None:

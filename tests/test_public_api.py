@@ -63,6 +63,7 @@ OPTIONS = {
         "--reductions",
         "--rank-timeout",
         "--seed",
+        "--shard-mb",
         "--tensors",
         "--tp",
     },

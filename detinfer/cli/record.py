@@ -40,6 +40,9 @@ from detinfer.cli import options, ranks, vectors
     "--seed", default=0, show_default=True, help="Seed of generated token ids and of a factory that takes one."
 )
 @click.option("--reason", default="", help="Why this golden is recorded: kept in its manifest.")
+@click.option(
+    "--shard-mb", type=click.IntRange(min=1), metavar="N", help="Largest size of a tensor file, in MB [default: 1 GiB]."
+)
 @click.option("--force", is_flag=True, help="Replace a golden that is there.")
 @click.pass_context
 def record(
@@ -62,6 +65,7 @@ def record(
     groups: int | None,
     seed: int,
     reason: str,
+    shard_mb: int | None,
     force: bool,
 ) -> None:
     """Run TARGET's requests alone, three times each, and write what every layer was given and gave.
@@ -106,6 +110,7 @@ def record(
             overwrite=force,
             progress=lambda part: status.update(f"recording: {part}"),
             ranks=everyone,
+            shard_bytes=None if shard_mb is None else shard_mb * 1_000_000,
         )
     if written is None:  # another rank's to say
         return

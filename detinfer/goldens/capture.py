@@ -49,8 +49,20 @@ class Skipped:
 class Capture:
     """Collects the calls made inside ``with capture.running():`` in the order in which they end: innermost first."""
 
-    def __init__(self, model: nn.Module, chosen: Callable[[str], bool], *, watch_state: bool = False) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: Callable[[str], bool],
+        *,
+        watch_state: bool = False,
+        copy: Callable[[Node], Node] | None = None,
+        keep: Callable[[Call], Call] = lambda call: call,
+    ) -> None:
+        """``copy`` takes what is wanted of arguments and outputs, all of it by default; it must hold none of their memory.
+
+        ``keep`` gets every call as it ends and returns what is held of it.
+        """
+        self._model, self._copy, self._keep = model, copy or _copied, keep
         self._units = module_units(model)
         self._names = {module: name for name, module in model.named_modules()}
         self._chosen = chosen
@@ -88,7 +100,7 @@ class Capture:
         with _disable_current_modes():
             name = self._name(unit.name)
             try:
-                node = _copied(tree.encode((args, _keywords(kwargs)), unit.layers))
+                node = self._copy(tree.encode((args, _keywords(kwargs)), unit.layers))
                 reason = ""
             except tree.NotEncodable as error:
                 node, reason = None, f"cannot be replayed: {error}"
@@ -117,7 +129,7 @@ class Capture:
             name = self._name(base)
             node: Node | None
             try:
-                node, reason = _copied(tree.encode((arguments, keywords))), ""
+                node, reason = self._copy(tree.encode((arguments, keywords))), ""
             except tree.NotEncodable as error:
                 node, reason = None, f"cannot be replayed: {error}"
         output = run()
@@ -140,11 +152,11 @@ class Capture:
             self.calls[name] = Skipped(name, kind, type_name, reason)
             return
         try:
-            outputs = _copied(tree.encode(outcome(output, given), layers))
+            outputs = self._copy(tree.encode(outcome(output, given), layers))
         except tree.NotEncodable as error:
             self.calls[name] = Skipped(name, kind, type_name, f"its output cannot be compared: {error}")
             return
-        self.calls[name] = Call(name, kind, type_name, arguments, outputs)
+        self.calls[name] = self._keep(Call(name, kind, type_name, arguments, outputs))
 
 
 class _AttentionWatch(TorchFunctionMode):

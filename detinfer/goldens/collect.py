@@ -12,7 +12,7 @@ from detinfer import bits
 from detinfer.goldens.batch import Dimensions, NoBatch, find
 from detinfer.goldens.capture import Call, Capture, Skipped
 from detinfer.goldens.runner import Request, Target, run, run_language_model
-from detinfer.goldens.tree import Node, tensors
+from detinfer.goldens.tree import Node, map_tensors, tensors
 
 PHASES = ("prefill", "decode")
 WHOLE = ""
@@ -33,16 +33,40 @@ class Collected:
     tokens: list[tuple[int, ...]] = field(default_factory=list)
 
 
+Key = tuple[int, int]
+"""(request, step)"""
+
+
+class Keep:
+    """What is held of a call, and of a request's result at a step, once it has been seen: all of it."""
+
+    def call(self, key: Key, call: Call) -> Call:
+        """What is held of a call, when it ends."""
+        return call
+
+    def result(self, key: Key, node: Node) -> Node:
+        """What is held of a result, when its request has been run."""
+        return node
+
+
 def collect(
-    target: Target, requests: Sequence[Request], chosen: Callable[[str], bool], *, watch_state: bool = False
+    target: Target,
+    requests: Sequence[Request],
+    chosen: Callable[[str], bool],
+    *,
+    watch_state: bool = False,
+    keep: Keep | None = None,
 ) -> Collected:
     """Run each request alone."""
-    capture = Capture(target.module, chosen, watch_state=watch_state)
+    holder, here = keep or Keep(), (0, 0)
+    capture = Capture(target.module, chosen, watch_state=watch_state, keep=lambda call: holder.call(here, call))
     found = Collected()
     for index, request in enumerate(requests):
 
         @contextmanager
         def around(step: int, index: int = index) -> Iterator[None]:
+            nonlocal here
+            here = index, step
             with capture.running():
                 yield
             found.calls[index, step] = capture.calls
@@ -54,7 +78,7 @@ def collect(
         else:
             results = run(target, [request], around)
         for step, result in enumerate(results):
-            found.results[index, step] = result
+            found.results[index, step] = holder.result((index, step), result)
     return found
 
 
@@ -65,12 +89,13 @@ class Shape:
     arguments: dict[str, Dimensions] = field(default_factory=dict)
     outputs: dict[str, Dimensions] = field(default_factory=dict)
     reason: str | None = None
+    kind: str = ""
 
 
 def shapes(target: Target, request: Request, chosen: Callable[[str], bool]) -> dict[str, Shape]:
     """Find every unit's batch dimensions, and the whole model's (``WHOLE``), by running at batch 1 and at batch 2."""
     probe = replace(request, steps=min(request.steps, 2))
-    capture = Capture(target.module, chosen)
+    capture = Capture(target.module, chosen, copy=_without_values)
     seen: dict[tuple[int, int], dict[str, Call | Skipped]] = {}
     results: dict[int, list[Node]] = {}
     for size in (1, 2):
@@ -92,7 +117,7 @@ def shapes(target: Target, request: Request, chosen: Callable[[str], bool]) -> d
         if size != 1:
             continue
         for name, alone in calls.items():
-            shape = found.setdefault(name, Shape())
+            shape = found.setdefault(name, Shape(kind=alone.kind))
             paired = seen[2, step].get(name)
             if isinstance(alone, Skipped) or shape.reason is not None:
                 shape.reason = shape.reason or (alone.reason if isinstance(alone, Skipped) else None)
@@ -107,6 +132,11 @@ def shapes(target: Target, request: Request, chosen: Callable[[str], bool]) -> d
                 except NoBatch as error:
                     shape.reason = f"cannot be put into a batch: {error}"
     return found
+
+
+@bits.unseen
+def _without_values(node: Node) -> Node:
+    return map_tensors(node, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
 
 @bits.unseen

@@ -20,6 +20,7 @@ from detinfer import bits, tensor_file
 from detinfer.errors import GoldenError, InfrastructureError
 from detinfer.goldens import folder
 from detinfer.goldens.manifest import NAME, Manifest, canonical
+from detinfer.goldens.spool import Spool
 
 SHARD_BYTES = 1 << 30
 SHARD_ENTRIES = 200_000
@@ -28,7 +29,8 @@ SHARD_ENTRIES = 200_000
 ROWS = ".rows"
 SINGLE = "tensors.safetensors"
 SHARD = "tensors-{:05d}.safetensors"
-FILES = re.compile(r"manifest\.json|tensors(-\d{5})?\.safetensors")
+INDEX = "tensors.safetensors.index.json"
+FILES = re.compile(r"manifest\.json|tensors(-\d{5})?\.safetensors|tensors\.safetensors\.index\.json")
 """The names of a golden's own files."""
 
 
@@ -36,26 +38,30 @@ class GoldenWriter:
     """Collects tensors, then writes the folder ``path`` in one step.
 
     Files are written to a folder beside ``path`` and renamed into place by ``commit``: an exception, a kill or a full
-    disk leaves what was at ``path`` before. At most ``shard_bytes`` of tensors are held in memory. As a context
-    manager it removes what is left when the block ends without ``commit``.
+    disk leaves what was at ``path`` before. A tensor is on the disk when ``add`` returns, and none is held in memory; a
+    file has ``shard_bytes`` of them or one that is larger. As a context manager it removes what is left when the block
+    ends without ``commit``.
 
     Raises UsageError when ``path`` is a golden and ``overwrite`` is False, or something else than a golden that is
     not empty; InfrastructureError when the disk refuses.
     """
 
-    def __init__(self, path: Path, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, path: Path, overwrite: bool = False, shard_bytes: int | None = None) -> None:
         self.path = folder.destination(Path(path), overwrite, NAME, FILES)
         self._overwrite = overwrite
-        self._shard_bytes = shard_bytes
+        self._shard_bytes = shard_bytes or SHARD_BYTES
         self._partial: Path | None = None
         self._tensors: dict[str, dict[str, Any]] = {}
-        self._waiting: dict[str, torch.Tensor] = {}
-        self._waiting_bytes = 0
+        self._waiting: Spool | None = None
         self._files: list[dict[str, Any]] = []
+        self._index: dict[str, str] = {}
+        self._total = 0
 
     @bits.unseen
     def add(self, t: torch.Tensor, store: bool) -> str:
         """Take note of a tensor and return its digest; its values are kept (copied) only where ``store`` is set."""
+        if store:
+            tensor_file.check_dtype(t.dtype, f"{self.path}: a tensor to store")
         name = bits.digest(t)
         entry = self._tensors.get(name)
         if entry is None:
@@ -63,32 +69,52 @@ class GoldenWriter:
             self._wait(name + ROWS, bits.row_digests(t))
             self._tensors[name] = entry
         if store and not entry["stored"]:
-            tensor_file.check_dtype(t.dtype, f"{self.path}: {name}")
-            # Copied: the caller's may change in place, and a view would keep all of what it is a view of.
-            copy = t.detach().resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
-            self._wait(name, copy)
+            self._wait(name, t)
             entry["stored"] = True
         return name
 
     def _wait(self, name: str, t: torch.Tensor) -> None:
         size = t.numel() * t.dtype.itemsize
-        full = self._waiting_bytes + size > self._shard_bytes or len(self._waiting) >= SHARD_ENTRIES
-        if self._waiting and full:
+        held = self._waiting
+        if held and (held.size + size > self._shard_bytes or len(held) >= SHARD_ENTRIES):
             self._write(SHARD.format(len(self._files) + 1))
-        self._waiting[name] = t
-        self._waiting_bytes += size
+        try:
+            with folder.disk(self.path):
+                self._spool().put(name, t)
+        except BaseException:
+            self.close()
+            raise
+
+    def _spool(self) -> Spool:
+        if self._partial is None:
+            self._partial = folder.make_partial(self.path)
+        if self._waiting is None:
+            self._waiting = Spool(self._partial / "waiting")
+        return self._waiting
 
     def _write(self, name: str) -> None:
         try:
             with folder.disk(self.path):
-                if self._partial is None:
-                    self._partial = folder.make_partial(self.path)
-                written = tensor_file.write(self._partial / name, self._waiting)
+                held = self._spool()
+                assert self._partial is not None
+                written = tensor_file.write(self._partial / name, held)
+                self._index.update(dict.fromkeys(held, name))
+                self._total += held.size
+                held.close()
         except BaseException:
             self.close()
             raise
+        self._waiting = None
         self._files.append({"name": name, "size": written.size, "sha256": written.sha256})
-        self._waiting, self._waiting_bytes = {}, 0
+
+    def kept(self, digest: str) -> torch.Tensor | None:
+        """A tensor that was added and stored, where it is still at hand; for a message."""
+        if self._waiting is not None and digest in self._waiting:
+            return self._waiting[digest].clone()
+        if self._partial is None or digest not in self._index:
+            return None
+        found: torch.Tensor = tensor_file.reader(self._partial / self._index[digest]).get_tensor(digest).clone()
+        return found
 
     def commit(self, manifest: Manifest) -> Path:
         """Write everything and rename it to ``path``; ``manifest`` gets its tensors, files and digest here.
@@ -104,6 +130,9 @@ class GoldenWriter:
             assert self._partial is not None
             text = canonical(replace(manifest, tensors=self._tensors, files=self._files).to_json())
             with folder.disk(self.path):
+                if len(self._files) > 1:
+                    index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
+                    folder.write_file(self._partial / INDEX, canonical(index))
                 folder.write_file(self._partial / NAME, text)
                 # Once more, for what has come to stand there since this writer was made.
                 folder.destination(self.path, self._overwrite, NAME, FILES)
@@ -115,10 +144,12 @@ class GoldenWriter:
 
     def close(self) -> None:
         """Remove what was written and not committed."""
+        if self._waiting is not None:
+            self._waiting.close()
+            self._waiting = None
         if self._partial is not None:
             folder.remove(self._partial)
             self._partial = None
-        self._waiting, self._waiting_bytes = {}, 0
 
     def __enter__(self) -> GoldenWriter:
         return self
@@ -143,7 +174,7 @@ class Golden:
         readers: dict[str, Any] = {}
         for entry in manifest.files:
             file = path / entry["name"]
-            if not FILES.fullmatch(entry["name"]) or entry["name"] == NAME:
+            if not FILES.fullmatch(entry["name"]) or entry["name"] in (NAME, INDEX):
                 raise GoldenError(f"{path / NAME}: {entry['name']!r} is not the name of a tensor file")
             check_file(file, entry)
             try:
@@ -153,7 +184,19 @@ class Golden:
             readers.update(dict.fromkeys(reader.keys(), (reader, file)))
         golden = cls(path, manifest, readers)
         golden._check_tensors()
+        golden._check_index()
         return golden
+
+    def _check_index(self) -> None:
+        """The index is for other readers; goldens of one file, and older ones, have none."""
+        try:
+            held = json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise GoldenError(f"{self.path / INDEX}: not an index of safetensors files: {error!r}") from error
+        if held != {name: file.name for name, (_, file) in self._readers.items()}:
+            raise GoldenError(f"{self.path / INDEX}: names other tensors than the files hold: it was edited or damaged")
 
     def _check_tensors(self) -> None:
         named = set(self.manifest.references())

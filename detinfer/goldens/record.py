@@ -13,7 +13,7 @@ from detinfer import bits, environment, native
 from detinfer.errors import Diverged, TargetError
 from detinfer.goldens import tree
 from detinfer.goldens.capture import Call, Skipped
-from detinfer.goldens.collect import WHOLE, Collected, Shape, collect, nonfinite, phase, shapes
+from detinfer.goldens.collect import WHOLE, Collected, Keep, Key, Shape, collect, nonfinite, phase, shapes
 from detinfer.goldens.format import GoldenWriter
 from detinfer.goldens.manifest import Manifest
 from detinfer.goldens.runner import Request
@@ -54,6 +54,7 @@ def record(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
     ranks: Ranks = ALONE,
+    shard_bytes: int | None = None,
 ) -> Recorded | None:
     """Run each request alone three times under ``policy`` and write the golden to the folder ``path``.
 
@@ -61,7 +62,9 @@ def record(
     for a layer whose output is not finite, draws random numbers or keeps state, RefusedError for an operation that
     the policy refuses. Nothing is written unless all is well.
 
-    On several ``ranks`` all call this together; rank 0 writes what each recorded, the others return None.
+    A tensor is written when its layer has run, in files of at most ``shard_bytes`` (1 GiB), so that memory does not grow
+    with the golden. On several ``ranks`` all call this together; rank 0 writes what each recorded, the others hold
+    theirs until then and return None.
     """
     matches = pattern(layers).search
 
@@ -69,9 +72,15 @@ def record(
         return matches(name) is not None
 
     with ExitStack() as stack:
-        writer = stack.enter_context(GoldenWriter(path, overwrite=overwrite)) if ranks.rank == 0 else None
+        writer = stack.enter_context(GoldenWriter(path, overwrite, shard_bytes)) if ranks.rank == 0 else None
         with deterministic(policy) as active:
-            first, shape = _runs(target, requests, chosen, progress)
+            progress("batch 2, for the shapes")
+            shape = shapes(target, requests[0], chosen)
+            if shape[WHOLE].reason is not None:
+                raise TargetError(
+                    f"the model's result {shape[WHOLE].reason}: a request needs one batch dimension throughout"
+                )
+            first = _runs(target, requests, chosen, progress, _Recorder(shape, writer, tensors))
         if not any(isinstance(call, Call) for calls in first.calls.values() for call in calls.values()):
             raise TargetError(f"no layer matches {layers!r}: nothing would be recorded")
         _check_held(ranks)
@@ -81,16 +90,15 @@ def record(
             return None
         _check_results([found for found, _, _ in everyone])
         progress("writing")
-        ends = _ends(first)
 
-        def write(name: str, node: Node) -> Node:
-            store = tensors == "full" or (tensors == "slice" and (name == WHOLE or name in ends))
-            return tree.map_tensors(node, lambda _, tensor: writer.add(tensor, store))
+        def write(name: str, node: Node) -> Node:  # what another rank holds; this one's are digests already
+            store = _stores(tensors, name, shape)
+            return tree.map_tensors(node, lambda _, held: held if isinstance(held, str) else writer.add(held, store))
 
         units = [
             unit if ranks.size == 1 else {**unit, "rank": rank}
-            for rank, (found, shapes, _) in enumerate(everyone)
-            for unit in _units(found, shapes, write)
+            for rank, (found, shaped, _) in enumerate(everyone)
+            for unit in _units(found, shaped, write)
         ]
         results = [
             [write(WHOLE, first.results[index, step]) for step in range(request.steps)]
@@ -147,7 +155,7 @@ def _check_results(everyone: Sequence[Collected]) -> None:
     for rank, other in enumerate(everyone[1:], 1):
         for key, result in everyone[0].results.items():
             for (_, x), (_, y) in zip(tree.tensors(result), tree.tensors(other.results[key]), strict=True):
-                if bits.digest(x) != bits.digest(y):
+                if len({one if isinstance(one, str) else bits.digest(one) for one in (x, y)}) > 1:
                     raise Diverged(
                         f"the model's result: ranks 0 and {rank} differ at {phase(key[1])} step {key[1]} of request "
                         f"{key[0]}: no golden is written"
@@ -161,67 +169,109 @@ def _joined(decisions: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [found[key] for key in order]
 
 
-def _runs(
-    target: Any, requests: Sequence[Request], chosen: Callable[[str], bool], progress: Callable[[str], None]
-) -> tuple[Collected, dict[str, Shape]]:
-    """Every request alone, three times with the same bytes, and the shapes of batch 2."""
-    progress(f"run 1 of {RUNS}, alone")
-    first = collect(target, requests, chosen)
-    _check_finite(first)
-    follow = first.tokens or [() for _ in requests]
-    requests = [replace(request, follow=follow[index]) for index, request in enumerate(requests)]
-    for again in range(2, RUNS + 1):
-        progress(f"run {again} of {RUNS}, alone")
-        _check_same(first, collect(target, requests, chosen, watch_state=again == RUNS), again)
-    progress("batch 2, for the shapes")
-    shape = shapes(target, requests[0], chosen)
-    if shape[WHOLE].reason is not None:
-        raise TargetError(f"the model's result {shape[WHOLE].reason}: a request needs one batch dimension throughout")
-    return first, shape
+class _Recorder(Keep):
+    """The first run: writes every tensor as it comes and keeps its digest; another rank than 0 keeps the tensors."""
+
+    def __init__(self, shape: dict[str, Shape], writer: GoldenWriter | None, tensors: TensorsMode) -> None:
+        self._shape, self.writer, self._tensors = shape, writer, tensors
+
+    def call(self, key: Key, call: Call) -> Call:
+        if where := nonfinite(call.outputs):
+            raise TargetError(
+                f"layer {call.name} gives a value that is not finite (request {key[0]}, {phase(key[1])} step {key[1]}: "
+                f"{where}): equality of such outputs proves nothing; mend the model or leave the layer out with --layers"
+            )
+        arguments, outputs = (self._write(call.name, node) for node in (call.arguments, call.outputs))
+        return replace(call, arguments=arguments, outputs=outputs)
+
+    def result(self, key: Key, node: Node) -> Node:
+        return self._write(WHOLE, node)
+
+    def _write(self, name: str, node: Node) -> Node:
+        writer, replayed = self.writer, _replayed(self._shape, name)
+        if writer is None:
+            return node
+        if not replayed:  # nothing of it is in the golden, but the runs are compared
+            return _digests(node)
+        store = _stores(self._tensors, name, self._shape)
+        return tree.map_tensors(node, lambda _, tensor: writer.add(tensor, store))
 
 
-def _check_finite(found: Collected) -> None:
-    for (request, step), calls in found.calls.items():
-        for call in calls.values():
-            if isinstance(call, Call) and (where := nonfinite(call.outputs)):
-                raise TargetError(
-                    f"layer {call.name} gives a value that is not finite (request {request}, {phase(step)} step {step}: "
-                    f"{where}): equality of such outputs proves nothing; mend the model or leave the layer out with "
-                    f"--layers"
-                )
+class _Again(Keep):
+    """A later run: compares each call with the first run's as it ends, and keeps nothing of it."""
 
+    def __init__(self, first: Collected, writer: GoldenWriter | None, number: int) -> None:
+        self._first, self._writer, self._number = first, writer, number
 
-@bits.unseen
-def _check_same(first: Collected, other: Collected, number: int) -> None:
-    for key, calls in first.calls.items():
-        for name, call in calls.items():
-            if isinstance(call, Call):
-                again = other.calls[key].get(name)
-                if not isinstance(again, Call):
-                    raise Diverged(f"layer {name} is called in run 1 but not in run {number}: no golden is written")
-                _same(call.arguments, again.arguments, f"layer {name}, input", key, number)
-                _same(call.outputs, again.outputs, f"layer {name}, output", key, number)
-    for key, result in first.results.items():
-        _same(result, other.results[key], "the model's result", key, number)
+    def call(self, key: Key, call: Call) -> Call:
+        before = self._first.calls[key].get(call.name)
+        if isinstance(before, Call):
+            self._same(before.arguments, call.arguments, f"layer {call.name}, input", key)
+            self._same(before.outputs, call.outputs, f"layer {call.name}, output", key)
+        nothing: Node = {"value": None}
+        return replace(call, arguments=nothing, outputs=nothing)
 
+    def result(self, key: Key, node: Node) -> Node:
+        self._same(self._first.results[key], node, "the model's result", key)
+        return {"value": None}
 
-def _same(a: Node, b: Node, what: str, key: tuple[int, int], number: int) -> None:
-    left, right = list(tree.tensors(a)), list(tree.tensors(b))
-    for (path, x), (_, y) in zip(left, right, strict=True):
-        if x.shape != y.shape or x.dtype != y.dtype or not bool(bits.rows_equal(x, y).all()):
-            where = bits.first_mismatch(x, y) if x.shape == y.shape and x.dtype == y.dtype else "another shape or dtype"
+    @bits.unseen
+    def _same(self, before: Node, now: Node, what: str, key: Key) -> None:
+        left, right = list(tree.tensors(before)), list(tree.tensors(now))
+        for (path, x), (_, y) in zip(left, right, strict=True):
+            if (x if isinstance(x, str) else bits.digest(x)) == bits.digest(y):
+                continue
+            held = x if not isinstance(x, str) else self._writer.kept(x) if self._writer is not None else None
+            where: object = "other bytes"
+            if held is not None:
+                alike = held.shape == y.shape and held.dtype == y.dtype
+                where = bits.first_mismatch(held, y) if alike else "another shape or dtype"
             raise Diverged(
-                f"{what} {path}: runs 1 and {number} of request {key[0]} differ at {phase(key[1])} step {key[1]} "
+                f"{what} {path}: runs 1 and {self._number} of request {key[0]} differ at {phase(key[1])} step {key[1]} "
                 f"({where}): the model does not repeat itself on this machine, so no golden is written"
             )
 
 
-def _ends(found: Collected) -> set[str]:
+def _replayed(shape: dict[str, Shape], name: str) -> bool:
+    return name in shape and shape[name].reason is None
+
+
+@bits.unseen
+def _digests(node: Node) -> Node:
+    return tree.map_tensors(node, lambda _, tensor: bits.digest(tensor))
+
+
+def _stores(tensors: TensorsMode, name: str, shape: dict[str, Shape]) -> bool:
+    return tensors == "full" or (tensors == "slice" and (name == WHOLE or name in _ends(shape)))
+
+
+def _runs(
+    target: Any,
+    requests: Sequence[Request],
+    chosen: Callable[[str], bool],
+    progress: Callable[[str], None],
+    recorder: _Recorder,
+) -> Collected:
+    """Every request alone, three times with the same bytes: what ``recorder`` keeps of the first run."""
+    progress(f"run 1 of {RUNS}, alone")
+    first = collect(target, requests, chosen, keep=recorder)
+    follow = first.tokens or [() for _ in requests]
+    requests = [replace(request, follow=follow[index]) for index, request in enumerate(requests)]
+    for number in range(2, RUNS + 1):
+        progress(f"run {number} of {RUNS}, alone")
+        keep = _Again(first, recorder.writer, number)
+        again = collect(target, requests, chosen, watch_state=number == RUNS, keep=keep)
+        for key, calls in first.calls.items():
+            for name, call in calls.items():
+                if isinstance(call, Call) and not isinstance(again.calls[key].get(name), Call):
+                    raise Diverged(f"layer {name} is called in run 1 but not in run {number}: no golden is written")
+    return first
+
+
+def _ends(shape: dict[str, Shape]) -> set[str]:
     """Names of the units in the first and the last block: what ``--tensors slice`` stores."""
-    names = list(dict.fromkeys(name for calls in found.calls.values() for name in calls))
-    blocks = [
-        name for name in names if any(getattr(calls.get(name), "kind", "") == "block" for calls in found.calls.values())
-    ]
+    names = [name for name in shape if name != WHOLE]
+    blocks = [name for name in names if shape[name].kind == "block"]
     ends = tuple(block + "." for block in {*blocks[:1], *blocks[-1:]})
     return {name for name in names if (name + ".").startswith(ends)} if ends else set(names[:1] + names[-1:])
 

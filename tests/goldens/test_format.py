@@ -136,9 +136,10 @@ def test_files_are_cut_into_shards_and_hold_one_metadata_key_at_most(tmp_path: P
     names = write(tmp_path / "g", shard_bytes=400)
     files = sorted(contents(tmp_path / "g"))
     assert files[:2] == ["manifest.json", "tensors-00001.safetensors"]
-    assert files[-1] == f"tensors-{len(files) - 1:05d}.safetensors"
+    assert files[-1] == "tensors.safetensors.index.json"
+    assert files[-2] == f"tensors-{len(files) - 2:05d}.safetensors"
     assert len(files) > 5
-    for file in files[1:]:
+    for file in files[1:-1]:
         raw = (tmp_path / "g" / file).read_bytes()
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         assert len(header.get("__metadata__", {})) <= 1
@@ -147,6 +148,29 @@ def test_files_are_cut_into_shards_and_hold_one_metadata_key_at_most(tmp_path: P
         found = golden.tensor(name)
         assert found is not None
         assert bits.as_bytes(found) == bits.as_bytes(t)
+
+
+def test_an_index_says_which_file_holds_a_tensor(tmp_path: Path) -> None:
+    """As the readers of sharded safetensors want it; one that was edited is refused, one that is missing is not needed."""
+    write(tmp_path / "g", shard_bytes=400)
+    file = tmp_path / "g" / "tensors.safetensors.index.json"
+    index = json.loads(file.read_text())
+    sizes = 0
+    for name, place in index["weight_map"].items():
+        raw = (tmp_path / "g" / place).read_bytes()
+        start, end = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])[name]["data_offsets"]
+        sizes += end - start
+    assert index["metadata"] == {"total_size": sizes}
+    one, other = min(index["weight_map"]), max(index["weight_map"])
+    index["weight_map"][one], index["weight_map"][other] = index["weight_map"][other], index["weight_map"][one]
+    file.write_text(json.dumps(index))
+    with pytest.raises(GoldenError, match=r"index\.json: names other tensors"):
+        Golden.read(tmp_path / "g")
+    file.write_text("[")
+    with pytest.raises(GoldenError, match="not an index"):
+        Golden.read(tmp_path / "g")
+    file.unlink()
+    Golden.read(tmp_path / "g")
 
 
 def test_equal_tensors_are_stored_once_and_may_be_stored_later(tmp_path: Path) -> None:
