@@ -16,7 +16,7 @@ int all_gather(const Comm& comm, const GpuCall* call, Stream stream) {
       return aligned_to(call->out, pack) && call->inner % pack == 0;
     };
     if (call->path == static_cast<int32_t>(GpuPath::kPush)) {
-      const PushShape shape = push_shape(comm, call->count);
+      const PushShape shape = push_shape(comm, call->count, kPacketBytes);
       if (!shape.fits) return refuse(kBadArgument, "push does not hold %lld bytes", static_cast<long long>(call->count));
       PushArgs args = {};
       args.in = static_cast<const char*>(call->in);
@@ -27,7 +27,7 @@ int all_gather(const Comm& comm, const GpuCall* call, Stream stream) {
       args.in_aligned = aligned_to(call->in, 8);
       args.out_aligned = fits(8);
       return checked(launch(push_gather<N>, shape.blocks, shape.threads, 0, stream, config.overlap != 0,
-                            link_of(comm, comm.state->push, *call), comm.regions.packets, args),
+                            link_of(comm, comm.state->gathers, *call), comm.regions.packets, args),
                      "launching push");
     }
     if (call->path != static_cast<int32_t>(GpuPath::kPushTiles)) return refuse(kBadArgument, "all_gather has no path %d", call->path);

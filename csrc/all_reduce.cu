@@ -5,15 +5,15 @@
 namespace detinfer {
 namespace gpu {
 
-// A block for every 512 packets, each with a channel of its own.
-PushShape push_shape(const Comm& comm, int64_t bytes) {
+// A block for every 512 units, each with a channel of its own.
+PushShape push_shape(const Comm& comm, int64_t bytes, int unit) {
   const GpuConfig& config = comm.config;
-  const int64_t packets = divided_up(bytes, kPacketBytes);
-  const int64_t blocks = clamped(divided_up(packets, config.push_threads), 1, config.push_channels);
-  const int64_t per_channel = divided_up(packets, blocks);
+  const int64_t units = divided_up(bytes, unit);
+  const int64_t blocks = clamped(divided_up(units, config.push_threads), 1, config.push_channels);
+  const int64_t per_channel = divided_up(units, blocks);
   const int64_t threads = clamped(divided_up(per_channel, 32) * 32, 32, config.push_threads);
-  return {static_cast<int>(divided_up(packets, per_channel)), static_cast<int>(threads), static_cast<int>(per_channel),
-          per_channel <= comm.regions.packets.capacity};
+  return {static_cast<int>(divided_up(units, per_channel)), static_cast<int>(threads), static_cast<int>(per_channel),
+          per_channel * unit <= config.push_bytes};
 }
 
 namespace {
@@ -21,7 +21,8 @@ namespace {
 int element_bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 template <class T, int N> int run_push(const Comm& comm, const GpuCall& call, int64_t bytes, bool scatter, Stream stream) {
-  const PushShape shape = push_shape(comm, bytes);
+  constexpr int kUnit = 4 * kPushWords;
+  const PushShape shape = push_shape(comm, bytes, kUnit);
   if (!shape.fits)
     return refuse(kBadArgument, "push holds %lld bytes a rank, not %lld",
                 static_cast<long long>(comm.config.push_bytes) * comm.config.push_channels, static_cast<long long>(bytes));
@@ -31,15 +32,15 @@ template <class T, int N> int run_push(const Comm& comm, const GpuCall& call, in
   args.bytes = bytes;
   args.in_stride = scatter ? bytes : 0;
   args.per_channel = shape.per_channel;
-  args.in_aligned = aligned_to(call.in, 8) && (!scatter || bytes % 8 == 0);
-  args.out_aligned = aligned_to(call.out, 8);
+  args.in_aligned = aligned_to(call.in, kUnit) && (!scatter || bytes % kUnit == 0);
+  args.out_aligned = aligned_to(call.out, kUnit);
   args.how = {call.op, call.order};
-  const Link link = link_of(comm, comm.state->push, call);
+  const Link link = link_of(comm, &comm.state->push[0].epoch, call);
   const bool plain = DETINFER_MUTANT != 6 && !scatter && args.how.op == static_cast<int32_t>(ReduceOp::kSum) &&
                      args.how.order == static_cast<int32_t>(RankOrder::kLinear) && args.in_aligned && args.out_aligned &&
-                     bytes % kPacketBytes == 0 && shape.per_channel <= shape.threads;
-  return checked(launch(plain ? push_sum<T, N> : push_reduce<T, N>, shape.blocks, shape.threads, 0, stream,
-                        comm.config.overlap != 0, link, comm.regions.packets, args),
+                     bytes % kUnit == 0 && shape.per_channel <= shape.threads;
+  return checked(launch(plain ? push_sum<T, N> : push_reduce<T, N>, shape.blocks, shape.threads + kHelpers, 0, stream,
+                        comm.config.overlap != 0, link, comm.regions.blanks, args),
                  "launching push");
 }
 
@@ -95,7 +96,7 @@ int load_all(const Comm& comm) {
         const GpuConfig& config = comm.config;
         const int tile_threads = config.tile_threads + Desk::kHelpers;
         for (auto kernel : {push_reduce<T, N>, push_sum<T, N>})
-          if (const int status = ready(kernel, config.push_channels, config.push_threads, 0, "push")) return status;
+          if (const int status = ready(kernel, config.push_channels, config.push_threads + kHelpers, 0, "push")) return status;
         for (auto kernel : {one_shot_reduce<T, N, false>, one_shot_reduce<T, N, true>})
           if (const int status = ready(kernel, config.tile_channels, tile_threads, 0, "push_tiles and pull")) return status;
         for (auto kernel : {two_shot_reduce<T, N, false>, two_shot_reduce<T, N, true>})

@@ -5,74 +5,78 @@ namespace detinfer {
 namespace gpu {
 namespace {
 
-template <int K> constexpr int kBlockThreads = most_row_threads(K);
-template <int K> constexpr int kBlocksAtOnce = kMostRowThreads / kBlockThreads<K>;  // on a processor: 64 registers a thread
-
-// How many packets of a thread are waited for at a time: as many as the registers hold.
+// How many packs of a thread are waited for at a time: as many as the registers hold.
 template <int N, int K> constexpr int kAtATime = N == 2 || K == 1 ? K : N <= 4 ? 2 : 1;
 
 // A group of blocks takes a row, and then the row as many further as there are groups.
 template <class T, int N, int K>
-__global__ void __launch_bounds__(kBlockThreads<K>, kBlocksAtOnce<K>)
-    push_rms_norm(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Packets packets, const char* in,
+__global__ void __launch_bounds__(kRowBound, 1)
+    push_rms_norm(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Blanks blanks, const char* in,
                   DETINFER_PARAMETER NormArgs args) {
   constexpr int U = kAtATime<N, K>;
+  using Channel = BlankChannel<N, 2>;
   extern __shared__ __align__(16) char room[];
   __shared__ RowMeeting meeting;
-  SharedRow<T, 2, K> norm(args, room, meeting);
+  SharedRow<T, 2, K> norm(args, room, meeting, Channel::workers() / 32);
   const int64_t groups = gridDim.x / args.blocks;
-  const int length = static_cast<int>(blockDim.x) * K;  // room for a row's packets of this block
+  const int length = Channel::workers() * K;  // room for a row's packs of this block
   const int place = static_cast<int>(threadIdx.x / 32 * (32 * K) + threadIdx.x % 32);
   const auto load = [&](int64_t row, Pack<2>(&data)[K]) {
 #pragma unroll
     for (int u = 0; u < K; u++)
       if (norm.has(u)) data[u] = *reinterpret_cast<const Pack<2>*>(in + norm.place(row, u));
   };
-  int64_t row = blockIdx.x / args.blocks;
+  const int64_t first = blockIdx.x / args.blocks;
+  int64_t row = first;
   int slot = place;
-  PacketChannel<N> channel(link, packets);
+  Channel channel(link, blanks);
   wait_for_previous_kernel();
   Pack<2> mine[K];
-  load(row, mine);
+  if (!channel.helps()) load(row, mine);
   channel.open();
-  for (int64_t other = row;;) {
+  if (channel.helps()) {
+    channel.tidy();
+    norm.meet();
+  } else {
+    for (int64_t other = row;;) {
 #pragma unroll
-    for (int u = 0; u < K; u++) {
-      if (!norm.has(u)) continue;
+      for (int u = 0; u < K; u++) {
+        if (!norm.has(u)) continue;
 #pragma unroll
-      for (int step = 1; step < N; step++) channel.send(after<N>(link.rank, step), slot + u * 32, mine[u]);
+        for (int step = 1; step < N; step++) channel.send(after<N>(link.rank, step), slot + u * 32, mine[u]);
+      }
+      other += groups, slot += length;
+      if (other >= args.rows) break;
+      load(other, mine);
     }
-    other += groups, slot += length;
-    if (other >= args.rows) break;
-    load(other, mine);
+    channel.tidy();
+    norm.load_residual(row);
+    norm.load_weight();
+    if (row + groups < args.rows) load(row, mine);
+    norm.meet();
+    slot = place;
+    for (uint32_t turn = 0; row < args.rows; row += groups, slot += length, turn++) {
+      if (turn != 0) {
+        norm.load_residual(row);
+        load(row, mine);
+      }
+      bool good = true;
+#pragma unroll
+      for (int k = 0; k < K; k += U) {
+        Pack<2> own[U], got[U][N];
+#pragma unroll
+        for (int u = 0; u < U; u++) own[u] = mine[k + u];
+        good = channel.template receive<U>(slot + k * 32, norm.count() - k, own, got) && good;
+#pragma unroll
+        for (int u = 0; u < U; u++)
+          if (norm.has(k + u))
+            norm.add(row, k + u, good ? sum_pack<T, N, 2>([&](int r) { return got[u][r]; }) : poison<2>());
+      }
+      const float r = norm.inverse_root_of_row(turn);
+      norm.put(row, r, good);
+    }
   }
-  norm.load_residual(row);
-  norm.load_weight();
-  if (row + groups < args.rows) load(row, mine);
-  norm.meet();
-  slot = place;
-  for (uint32_t turn = 0; row < args.rows; row += groups, slot += length, turn++) {
-    if (turn != 0) {
-      norm.load_residual(row);
-      load(row, mine);
-    }
-    bool good = true;
-#pragma unroll
-    for (int k = 0; k < K; k += U) {
-      Pack<2> own[U], got[U][N];
-#pragma unroll
-      for (int u = 0; u < U; u++) own[u] = mine[k + u];
-      good = channel.template receive<U>(slot + k * 32, norm.count() - k, own, got) && good;
-#pragma unroll
-      for (int u = 0; u < U; u++)
-        if (norm.has(k + u))
-          norm.add(row, k + u,
-                   good ? sum_pack<T, N, 2>([&](int r) { return got[u][r]; }) : poison<2>());
-    }
-    const float r = norm.inverse_root_of_row(turn);
-    norm.put(row, r, good);
-  }
-  channel.close();
+  channel.close((args.rows - first + groups - 1) / groups * length);
 }
 
 // A row is a tile.
@@ -163,7 +167,7 @@ template <class Body> int with_packs(int packs, const Body& body) {
 
 // Blocks of `threads` that push rows in groups, at most: what fits at once. Groups need room that lies together.
 int row_channels(const Comm& comm, int group, int threads) {
-  const int fit = threads > kRowThreads ? 128 : threads > kSmallRowThreads && group > 1 ? 192 : 256;
+  const int fit = threads <= kSmallRowThreads ? 256 : group > 1 ? 96 : 128;
   return comm.config.push_channels < fit ? comm.config.push_channels : fit;
 }
 
@@ -173,9 +177,9 @@ template <class T, int N, int K> int load(const Comm& comm) {
   for (int group = comm.row_blocks; group > 1; group /= 2)
     for (int threads : {kSmallRowThreads, kRowThreads})
       if (const int status =
-              ready_groups(kernel, group, row_channels(comm, group, threads), threads, shared / group, "push of rows"))
+              ready_groups(kernel, group, row_channels(comm, group, threads), threads + kHelpers, shared / group, "push of rows"))
         return status;
-  return ready(kernel, row_channels(comm, 1, kBlockThreads<K>), kBlockThreads<K>, shared, "push of rows");
+  return ready(kernel, row_channels(comm, 1, kRowThreads), kRowThreads + kHelpers, shared, "push of rows");
 }
 
 int load_all(const Comm& comm) {
@@ -207,15 +211,14 @@ template <class T> RowShape push_rows_shape(const Comm& comm, const NormArgs& ar
       const bool room = shape.fits && args.rows * blocks <= row_channels(comm, blocks, shape.threads);
       if (room && shape.packs <= 2 && args.hidden * T::kBytes >= blocks * 512) return shape;
     }
-  const RowShape shape = row_shape(args.hidden, 2 * T::kPerWord, 1, kRowThreads);
-  return shape.packs == 1 ? shape : row_shape(args.hidden, 2 * T::kPerWord, 1, kMostRowThreads);
+  return row_shape(args.hidden, 2 * T::kPerWord, 1, kRowThreads);
 }
 
 // Groups of blocks for the rows; 0: push does not hold them.
 int64_t groups_for(const Comm& comm, const NormArgs& args, const RowShape& shape) {
   const int64_t groups = clamped(args.rows, 1, row_channels(comm, shape.blocks, shape.threads) / shape.blocks);
-  const int64_t packets = divided_up(args.rows, groups) * shape.threads * shape.packs;  // of a block, whole warps of them
-  return shape.fits && packets <= comm.regions.packets.capacity ? groups : 0;
+  const int64_t packs = divided_up(args.rows, groups) * shape.threads * shape.packs;  // of a block, whole warps of them
+  return shape.fits && packs * 8 <= comm.regions.blanks.capacity ? groups : 0;
 }
 
 template <class T, int N> int run_push(const Comm& comm, const GpuCall& call, NormArgs args, Stream stream) {
@@ -226,9 +229,9 @@ template <class T, int N> int run_push(const Comm& comm, const GpuCall& call, No
     return refuse(kBadArgument, "push does not hold %lld rows of %d elements", static_cast<long long>(args.rows), args.hidden);
   return with_packs(shape.packs, [&](auto k) {
     constexpr int K = decltype(k)::value;
-    return checked(launch_groups(push_rms_norm<T, N, K>, shape.blocks, static_cast<int>(groups * shape.blocks), shape.threads,
-                                 shape.shared_bytes, stream, comm.config.overlap != 0, link_of(comm, comm.state->push, call),
-                                 comm.regions.packets, static_cast<const char*>(call.in), args),
+    return checked(launch_groups(push_rms_norm<T, N, K>, shape.blocks, static_cast<int>(groups * shape.blocks), shape.threads + kHelpers,
+                                 shape.shared_bytes, stream, comm.config.overlap != 0, link_of(comm, &comm.state->push[0].epoch, call),
+                                 comm.regions.blanks, static_cast<const char*>(call.in), args),
                    "launching push");
   });
 }

@@ -39,8 +39,8 @@ int check_config(const GpuConfig& config) {
     return refuse(kBadArgument, "rank %d of %d: 2 to %d ranks are supported", config.rank, config.ranks, kMostRanks);
   if (config.push_channels < 1 || config.push_channels > kMostChannels || config.tile_channels < 1 || config.tile_channels > kMostChannels)
     return refuse(kBadArgument, "channels must be 1 to %d", kMostChannels);
-  if (config.push_bytes < 64 || config.push_bytes > kMostPushBytes || config.push_bytes % kPacketBytes != 0 || config.push_threads < 32 || config.push_threads > 512 || config.push_threads % 32 != 0)
-    return refuse(kBadArgument, "push_bytes must be a multiple of %d up to %d, push_threads of 32 up to 512", kPacketBytes, kMostPushBytes);
+  if (config.push_bytes < 64 || config.push_bytes > kMostPushBytes || config.push_bytes % 16 != 0 || config.push_threads < 32 || config.push_threads > kPushThreads || config.push_threads % 32 != 0)
+    return refuse(kBadArgument, "push_bytes must be a multiple of %d up to %d, push_threads of 32 up to %d", 16, kMostPushBytes, kPushThreads);
   if (config.tile_bytes < 512 || config.tile_bytes % 512 != 0 || config.part_bytes / config.ranks < 512 ||
       config.least_tile_bytes < 512 || config.least_tile_bytes > config.tile_bytes || config.least_tile_bytes % 512 != 0 ||
       config.least_tile_bytes > config.part_bytes)
@@ -49,6 +49,18 @@ int check_config(const GpuConfig& config) {
     return refuse(kBadArgument, "tile_threads must be a multiple of 32 up to %d", kTileThreads);
   if (config.row_blocks < 1 || config.row_blocks > kMostRowBlocks || (config.row_blocks & (config.row_blocks - 1)) != 0)
     return refuse(kBadArgument, "row_blocks must be 1, 2, 4 or 8");
+  return kOk;
+}
+
+// A communicator that starts late finds flags of neither past nor future, as it would after so many calls, and hears that
+// all has been blanked so far.
+int late(void* buffer, const GpuConfig& config, const Regions& regions) {
+  if (const int status = checked(fill(buffer, 0x40, regions.bytes), "clearing the communicator's buffer")) return status;
+  const uint64_t told = config.first_sequence;
+  for (int i = 0; i < config.push_channels * config.ranks; i++) {
+    char* at = static_cast<char*>(buffer) + regions.blanks.cleared + i * sizeof told;
+    if (const int status = checked(copy_in(at, &told, sizeof told), "clearing the communicator's buffer")) return status;
+  }
   return kOk;
 }
 
@@ -82,6 +94,14 @@ int checked(Code code, const char* doing) {
 Regions regions_of(const GpuConfig& config) {
   Regions regions = {};
   uint64_t end = 0;
+  const uint64_t places = static_cast<uint64_t>(config.push_channels) * config.ranks;
+  regions.blanks.capacity = static_cast<uint32_t>(config.push_bytes);
+  regions.blanks.data = end;
+  end += places * kBlankBanks * config.push_bytes;
+  regions.blanks.headers = end;
+  end += places * kBlankBanks * sizeof(Words);
+  regions.blanks.cleared = end;
+  end = (end + places * sizeof(uint64_t) + 511) / 512 * 512;
   regions.packets.offset = end;
   regions.packets.capacity = static_cast<uint32_t>(config.push_bytes / kPacketBytes);
   end += static_cast<uint64_t>(config.push_channels) * 2 * config.ranks * (regions.packets.capacity + 1) * sizeof(Words);
@@ -128,16 +148,17 @@ DETINFER_EXPORT int64_t detinfer_gpu_buffer_bytes(const GpuConfig* config) {
 
 DETINFER_EXPORT int detinfer_gpu_buffer_create(const GpuConfig* config, void** buffer) {
   if (const int status = check_config(*config)) return status;
-  const uint64_t bytes = regions_of(*config).bytes;
+  const Regions regions = regions_of(*config);
+  const uint64_t bytes = regions.bytes;
   *buffer = nullptr;
   if (allocate_shared(buffer, bytes) != kNoError) {
     (void)last_error();
     return refuse(kOutOfMemory, "no %llu bytes of device memory for the communicator", static_cast<unsigned long long>(bytes));
   }
   if (const int status = checked(fill(*buffer, 0, bytes), "clearing the communicator's buffer")) return status;
-  // A communicator that starts late finds flags of neither past nor future, as it would after so many calls.
   if (config->first_sequence != 0)
-    if (const int status = checked(fill(*buffer, 0x40, bytes), "clearing the communicator's buffer")) return status;
+    if (const int status = late(*buffer, *config, regions)) return status;
+  if (const int status = checked(fill(*buffer, 0xff, regions.blanks.headers), "blanking the communicator's buffer")) return status;
   return checked(synchronize(), "clearing the communicator's buffer");
 }
 
@@ -174,8 +195,9 @@ DETINFER_EXPORT int detinfer_gpu_create(const GpuConfig* config, void* const* bu
   int status = initial == nullptr ? refuse(kOutOfMemory, "no memory for a communicator") : static_cast<int>(kOk);
   if (status == kOk) status = checked(current_device(&comm->device), "asking for the current device");
   if (status == kOk) {
-    for (uint32_t* counters : {initial->push, initial->tiles, initial->parts, initial->sums})
+    for (uint32_t* counters : {initial->gathers, initial->tiles, initial->parts, initial->sums})
       for (int i = 0; i < kMostChannels; i++) counters[i] = config->first_sequence;
+    for (Progress& progress : initial->push) progress.epoch = config->first_sequence;
     status = checked(allocate(reinterpret_cast<void**>(&comm->state), sizeof(State)), "allocating counters");
   }
   if (status == kOk) status = checked(copy_in(comm->state, initial, sizeof(State)), "clearing counters");

@@ -266,6 +266,24 @@ static __device__ __forceinline__ Words load_relaxed(const Words* at) {
   return value;
 }
 
+static __device__ __forceinline__ void store_relaxed(uint64_t* at, uint64_t value) {
+#if defined(__HIP__)
+  __hip_atomic_store(at, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
+#else
+  asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+#endif
+}
+
+static __device__ __forceinline__ uint64_t load_relaxed(const uint64_t* at) {
+#if defined(__HIP__)
+  return __hip_atomic_load(at, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
+#else
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+#endif
+}
+
 // Everything that this thread did, and what it saw through a barrier of its block, comes before the flag.
 static __device__ __forceinline__ void store_release(uint64_t* at, uint64_t value) {
 #if DETINFER_MUTANT == 1  // the flag may overtake the data
@@ -320,6 +338,15 @@ static __device__ __forceinline__ uint32_t load_flag(const uint32_t* at) {
 
 static __device__ __forceinline__ void fence_system() { __threadfence_system(); }
 
+// What this thread saw by relaxed loads comes before what follows, and what came before comes before its relaxed stores.
+static __device__ __forceinline__ void fence_both() {
+#if defined(__HIP__)
+  __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "");
+#else
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+#endif
+}
+
 // --- Device side: warps of one block that go their own ways. A warp is 32 neighbouring threads, also where a wave is 64. ---
 
 // Every thread of the warp: what each did before comes before what all do after.
@@ -343,6 +370,14 @@ static __device__ __forceinline__ void add(uint32_t* count) {
 }
 static __device__ __forceinline__ uint32_t peek(const uint32_t* count) { return *static_cast<const volatile uint32_t*>(count); }
 static __device__ __forceinline__ void fence_block() { __threadfence_block(); }
+
+// Before sync_first_warps(), by every thread of the block.
+static __device__ __forceinline__ void clear_first_warps(uint32_t* count) {
+#if defined(__HIP__)
+  if (threadIdx.x == 0) *count = 0;
+  __syncthreads();
+#endif
+}
 
 // A barrier of the block's first `warps` warps; `turn`: how often they met before, in `count`, which was 0.
 static __device__ __forceinline__ void sync_first_warps(int warps, uint32_t* count, uint32_t turn) {

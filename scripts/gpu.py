@@ -22,7 +22,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 CSRC = CHECKOUT / "csrc"
 COLLECTIVES = ("communicator_gpu", "all_reduce", "all_gather", "all_reduce_rms_norm")
 SOURCES = tuple(sorted(file.stem for file in CSRC.glob("*.cu")))
-MUTANTS = (1, 2, 4, 5, 6)
+MUTANTS = (1, 2, 4, 5, 6, 7, 8)
 TESTS = ("all_reduce", "vectors", "processes", "protocol")
 MODELS = (
     "tests/ops",

@@ -14,11 +14,13 @@ static constexpr int kMostChannels = 1024;
 
 // Device memory of one rank that no other rank sees.
 struct State {
-  uint32_t push[kMostChannels], tiles[kMostChannels], parts[kMostChannels], sums[kMostChannels];
+  Progress push[kMostChannels];
+  uint32_t gathers[kMostChannels], tiles[kMostChannels], parts[kMostChannels], sums[kMostChannels];
   uint32_t failed;
 };
 
 struct Regions {
+  Blanks blanks;
   Packets packets;
   Ring tiles, parts, sums;
   uint64_t bytes;
@@ -138,12 +140,12 @@ int all_reduce_rms_norm(const Comm& comm, const GpuCall* call, Stream stream);
 // Whether push takes the rows of an all_reduce_rms_norm.
 bool push_holds_rows(const Comm& comm, const GpuCall& call);
 
-// The shape of a push of `bytes` from each rank to each; also says whether it fits.
+// The shape of a push of `bytes` from each rank to each, in units of `unit` bytes; also says whether it fits.
 struct PushShape {
   int blocks, threads, per_channel;
   bool fits;
 };
-PushShape push_shape(const Comm& comm, int64_t bytes);
+PushShape push_shape(const Comm& comm, int64_t bytes, int unit);
 
 }  // namespace gpu
 }  // namespace detinfer

@@ -1,4 +1,5 @@
-// Path `push`: data and flag in one word, so that nothing has to be ordered and nobody waits for a barrier.
+// Path `push` of bytes: data and flag in one word, so that nothing has to be ordered and nobody waits for a barrier. Sums
+// go by blanks.h, in half the words; bytes that may be anything cannot.
 //
 // A packet is two 64-bit words, each four bytes of data and the number of the exchange (the epoch); each word is
 // written and read whole. A block owns a channel: a region of every rank's buffer with two banks, used in turn, each
@@ -9,8 +10,7 @@
 // docs/concepts/memory_ordering.md.
 #pragma once
 
-#include "link.h"
-#include "values.h"
+#include "blanks.h"
 
 namespace detinfer {
 namespace gpu {
@@ -20,8 +20,7 @@ struct Packets {
   uint32_t capacity;  // packets of one source in a bank, less the header
 };
 
-static constexpr int kPacketBytes = 8;           // of data
-static constexpr int kMostPushBytes = 16 << 20;  // of a channel: offsets in it are 32-bit
+static constexpr int kPacketBytes = 8;  // of data
 
 // Every 2^31 calls, the bank that is not in use loses its old epochs, so that none returns after 2^32.
 static __device__ __noinline__ void wipe(Words* words, int64_t count, uint32_t epoch) {
@@ -144,98 +143,7 @@ template <int N> class PacketChannel {
   bool good_ = true, checked_ = false;
 };
 
-// What a reducing or gathering kernel moves. A part is what one destination gets.
-struct PushArgs {
-  const char* in;
-  char* out;
-  int64_t bytes;        // of a part
-  int64_t in_stride;    // bytes from one destination's part to the next; 0: all get the same part
-  int64_t inner;        // all_gather: bytes of a rank that lie side by side in `out`
-  int32_t per_channel;  // packets
-  bool in_aligned, out_aligned;
-  Reduce how;
-};
-
-// Packet i of the part for rank `to`.
-template <class T> static __device__ __forceinline__ Pack<2> packet_of(const PushArgs& args, int to, int64_t i) {
-  const int64_t at = i * kPacketBytes;
-  return load_pack<T, 2>(args.in + to * args.in_stride + at, args.bytes - at, args.in_aligned);
-}
-
-// own: packet first + threadIdx.x of this rank's part.
-template <class T, int N>
-static __device__ __forceinline__ void push_parts(const PacketChannel<N>& channel, const PushArgs& args, int rank, int64_t first,
-                                                  int64_t last, const Pack<2>& own) {
-  const int64_t begin = first + threadIdx.x;
-  for (int64_t i = begin; i < last; i += blockDim.x) {
-    Pack<2> data = own;
-    if (i != begin && args.in_stride == 0) data = packet_of<T>(args, rank, i);
-#pragma unroll
-    for (int step = 1; step < N; step++) {
-      const int peer = after<N>(rank, step);
-      if (args.in_stride != 0) data = packet_of<T>(args, peer, i);
-      channel.send(peer, static_cast<int>(i - first), data);
-    }
-  }
-}
-
-// all_reduce and reduce_scatter. Here and below the first packet is read before the channel, which has to read its counter.
-template <class T, int N>
-__global__ void __launch_bounds__(512, N <= 4 ? 2 : 1)
-    push_reduce(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Packets packets, DETINFER_PARAMETER PushArgs args) {
-  const int64_t all = (args.bytes + kPacketBytes - 1) / kPacketBytes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * args.per_channel;
-  const int64_t last = first + args.per_channel < all ? first + args.per_channel : all;
-  PacketChannel<N> channel(link, packets);
-  wait_for_previous_kernel();
-  Pack<2> own = {};
-  if (first + threadIdx.x < last) own = packet_of<T>(args, link.rank, first + threadIdx.x);
-  channel.open();
-  push_parts<T, N>(channel, args, link.rank, first, last, own);
-  for (int64_t base = first; base < last; base += blockDim.x) {
-    const int64_t i = base + threadIdx.x, at = i * kPacketBytes;
-    const bool active = i < last;
-    if (base != first && active) own = packet_of<T>(args, link.rank, i);
-    Pack<2> got[1][N];
-    const bool good = channel.template receive<1>(static_cast<int>(i - first), active ? 1 : 0, {own}, got);
-    if (!active) continue;
-#if DETINFER_MUTANT == 6  // every rank starts at itself
-    const int turn = link.rank;
-#else
-    const int turn = 0;
-#endif
-    const Pack<2> sum = reduce_pack<T, N, 2>(args.how, [&](int r) {
-      if (turn != 0) r = after<N>(r, turn);
-      return got[0][r];
-    });
-    store_pack<T, 2>(args.out + at, good ? sum : poison<2>(), args.bytes - at, args.out_aligned);
-  }
-  channel.close();
-}
-
-// The same of an all_reduce of sums in rank_order, of whole and aligned packets, one a thread: what a small model's step
-// calls, without the code for all else, which takes longer to fetch than to run.
-template <class T, int N>
-__global__ void __launch_bounds__(512, N <= 4 ? 2 : 1)
-    push_sum(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Packets packets, DETINFER_PARAMETER PushArgs args) {
-  const int packet = static_cast<int>(threadIdx.x);
-  const int64_t at = (static_cast<int64_t>(blockIdx.x) * args.per_channel + packet) * kPacketBytes;
-  const bool active = packet < args.per_channel && at < args.bytes;
-  PacketChannel<N> channel(link, packets);
-  wait_for_previous_kernel();
-  Pack<2> own = {};
-  if (active) own = *reinterpret_cast<const Pack<2>*>(args.in + at);
-  channel.open();
-#pragma unroll
-  for (int step = 1; step < N; step++)
-    if (active) channel.send(after<N>(link.rank, step), packet, own);
-  Pack<2> got[1][N];
-  const bool good = channel.template receive<1>(packet, active ? 1 : 0, {own}, got);
-  if (active)
-    *reinterpret_cast<Pack<2>*>(args.out + at) = good ? sum_pack<T, N, 2>([&](int r) { return got[0][r]; }) : poison<2>();
-  channel.close();
-}
-
+// all_gather. The first packet is read before the channel, which has to read its counter.
 template <int N>
 __global__ void __launch_bounds__(512, N <= 4 ? 2 : 1)
     push_gather(DETINFER_PARAMETER Link link, DETINFER_PARAMETER Packets packets, DETINFER_PARAMETER PushArgs args) {
@@ -245,13 +153,17 @@ __global__ void __launch_bounds__(512, N <= 4 ? 2 : 1)
   PacketChannel<N> channel(link, packets);
   wait_for_previous_kernel();
   Pack<2> own = {};
-  if (first + threadIdx.x < last) own = packet_of<Bytes>(args, link.rank, first + threadIdx.x);
+  if (first + threadIdx.x < last) own = unit_of<Bytes, 2>(args, link.rank, first + threadIdx.x);
   channel.open();
-  push_parts<Bytes, N>(channel, args, link.rank, first, last, own);
+  for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
+    const Pack<2> data = i < first + blockDim.x ? own : unit_of<Bytes, 2>(args, link.rank, i);
+#pragma unroll
+    for (int step = 1; step < N; step++) channel.send(after<N>(link.rank, step), static_cast<int>(i - first), data);
+  }
   for (int64_t base = first; base < last; base += blockDim.x) {
     const int64_t i = base + threadIdx.x, at = i * kPacketBytes;
     const bool active = i < last;
-    if (base != first && active) own = packet_of<Bytes>(args, link.rank, i);
+    if (base != first && active) own = unit_of<Bytes, 2>(args, link.rank, i);
     Pack<2> got[1][N];
     const bool good = channel.template receive<1>(static_cast<int>(i - first), active ? 1 : 0, {own}, got);
     if (!active) continue;

@@ -10,9 +10,8 @@ namespace gpu {
 static constexpr int kMostRowBlocks = 8;
 static constexpr int kSmallRowThreads = 256;  // of a block: groups fit on a device however its processors are wired
 static constexpr int kRowThreads = 512;       // ... if they are fewer
-static constexpr int kMostRowThreads = 1024;  // ... where a row is one block's and its threads have more packs than one
-// Threads of a block at most, for the kernel whose threads have `packs` packs each.
-static constexpr int most_row_threads(int packs) { return packs == 1 ? kRowThreads : kMostRowThreads; }
+// What kernels are built for: 72 registers a thread, so that a processor holds three small blocks or a large one.
+static constexpr int kRowBound = 896;
 
 // How a row is cut, for packs of `elements` and blocks of no more than `most` threads.
 struct RowShape {
@@ -25,7 +24,7 @@ static inline RowShape row_shape(int hidden, int elements, int blocks, int most)
   RowShape shape = {blocks, 0, 1, laps * kRowLanes / blocks * static_cast<int>(sizeof(float)), false};
   for (;; shape.packs *= 2) {
     shape.threads = (laps + shape.packs - 1) / shape.packs * chunks * 32;
-    shape.fits = shape.threads <= (most < most_row_threads(shape.packs) ? most : most_row_threads(shape.packs));
+    shape.fits = shape.threads <= most;
     if (shape.fits || shape.packs == 4) return shape;
   }
 }
@@ -34,6 +33,7 @@ static inline RowShape row_shape(int hidden, int elements, int blocks, int most)
 struct RowMeeting {
   alignas(16) float lanes[2][kLeftLanes];
   Arrival arrival[2];
+  uint32_t met;
 };
 
 // kWords: of a pack. K: packs of a thread, in neighbouring laps.
@@ -43,10 +43,11 @@ template <class T, int kWords, int K> class SharedRow {
   using Packed = Pack<kWords>;
   static constexpr int kElements = L::kElements;
 
-  // All threads of a block call every function, once a row, in this order. row: the shared memory of RowShape.
+  // The first `workers` warps of a block call every function, once a row, in this order; all threads the first two. row: the shared memory of RowShape.
   // Reads nothing but its arguments.
-  __device__ SharedRow(const NormArgs& args, char* row, RowMeeting& meeting)
-      : args_(args), meeting_(meeting), packs_(args.hidden / kElements) {
+  __device__ SharedRow(const NormArgs& args, char* row, RowMeeting& meeting, int workers)
+      : args_(args), meeting_(meeting), packs_(args.hidden / kElements), workers_(workers) {
+    clear_first_warps(&meeting.met);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int chunks = L::kChunks / args.blocks, here = warp % chunks;
     chunk_ = static_cast<int>(blockIdx.x) % args.blocks * chunks + here;
@@ -104,10 +105,10 @@ template <class T, int kWords, int K> class SharedRow {
     float(&lanes)[kLeftLanes] = meeting_.lanes[turn & 1u];
     Arrival* arrival = &meeting_.arrival[turn & 1u];
     if (grouped() && threadIdx.x == 0) expect(arrival, sizeof lanes);
-    __syncthreads();
+    sync_first_warps(workers_, &meeting_.met, grouped() ? turn : 2 * turn);
     if (first_lap_ == 0) leave(lanes, arrival);
     if (grouped()) await(arrival, turn / 2 & 1u);
-    else __syncthreads();
+    else sync_first_warps(workers_, &meeting_.met, 2 * turn + 1);
     return inverse_root(sum_of_left(lanes), args_.width, args_.eps);
   }
 
@@ -166,7 +167,7 @@ template <class T, int kWords, int K> class SharedRow {
   const NormArgs& args_;
   RowMeeting& meeting_;
   Floats<kElements>* row_;  // this thread's place in a lap, in shared memory
-  const int packs_;
+  const int packs_, workers_;
   int chunk_, first_lap_, column_, first_, count_, lap_threads_;
   Packed weight_[K], residual_[K];
   Floats<kElements> h_[K];

@@ -82,15 +82,16 @@ class Desk {
 
   // All threads of the block, before anything else.
   __device__ __forceinline__ void clear() {
-    if (threadIdx.x == 0) stored_ = seen_ = failed_ = met_ = 0;
+    if (threadIdx.x < kCounts) stored_[threadIdx.x] = 0;
+    if (threadIdx.x == 0) seen_ = failed_ = met_ = 0;
     __syncthreads();
   }
-  // A worker warp has stored its share of one more tile, the next of all rings.
-  __device__ __forceinline__ void stored() { add(&stored_); }
-  // The teller: until the workers have stored `tiles`. False: something failed.
-  __device__ __forceinline__ bool all_stored(uint32_t tiles) const {
-    const uint32_t most = tiles * static_cast<uint32_t>(workers() / 32);
-    while (static_cast<int32_t>(peek(&stored_) - most) < 0)
+  // A worker warp has stored its share of tile number `tile` of this call, all rings' tiles in the order of storing.
+  __device__ __forceinline__ void stored(uint32_t tile) { add(&stored_[tile % kCounts]); }
+  // The teller: until every worker warp has stored its share of that tile. False: something failed.
+  __device__ __forceinline__ bool all_stored(uint32_t tile) const {
+    const uint32_t most = (tile / kCounts + 1) * static_cast<uint32_t>(workers() / 32);
+    while (static_cast<int32_t>(peek(&stored_[tile % kCounts]) - most) < 0)
       if (peek(&failed_) != 0) return false;
     fence_block();
     return true;
@@ -109,7 +110,10 @@ class Desk {
   __device__ __forceinline__ void sync_workers(uint32_t turn) { sync_first_warps(workers() / 32, &met_, turn); }
 
  private:
-  uint32_t stored_, seen_, failed_, met_;
+  // Quick warps run ahead of a slow one: a single count would take their later tiles for its earlier one. No warp is
+  // ever 16 tiles ahead (docs/concepts/memory_ordering.md).
+  static constexpr uint32_t kCounts = 16;
+  uint32_t stored_[kCounts], seen_, failed_, met_;
 };
 
 struct TileArgs {
@@ -214,13 +218,13 @@ static __device__ __forceinline__ void exchange_tiles(const TileChannel<N>& chan
     bool good = true;
     for (uint32_t k = 0; k < tiles && good; k++) desk.seen(good = channel.watch(first + k));
   } else if (Desk::tells()) {  // a rank that failed lets its peers run out of time too
-    for (uint32_t k = 0; k < tiles && desk.all_stored(k + 1); k++) channel.tell(first + k);
+    for (uint32_t k = 0; k < tiles && desk.all_stored(k); k++) channel.tell(first + k);
   } else {
     bool good = true;
     for (uint32_t k = 0; k < tiles + 2; k++) {
       if (k < tiles) {
         store(static_cast<int64_t>(k), first + k);
-        desk.stored();
+        desk.stored(k);
       }
       if (k < 2) continue;
       good = good && desk.all_seen(k - 1);

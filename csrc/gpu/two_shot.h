@@ -67,17 +67,17 @@ __global__ void __launch_bounds__(kTileThreads + Desk::kHelpers, N <= 4 ? 2 : 1)
     uint32_t stored = 0;
     for (uint32_t k = 0; k < tiles + (kScatter ? 0 : 2); k++) {
       if (k < tiles) {
-        if (!desk.all_stored(++stored)) break;
+        if (!desk.all_stored(stored++)) break;
         to_owner.tell(first + k);
       }
       if (!kScatter && k >= 2) {
-        if (!desk.all_stored(++stored)) break;
+        if (!desk.all_stored(stored++)) break;
         from_owner.tell(first_sum + k - 2);
       }
     }
   } else {
     bool good = true;
-    uint32_t seen = 0;
+    uint32_t seen = 0, stored = 0;
     for (uint32_t k = 0; k < tiles + (kScatter ? 2 : 4); k++) {
       if (k < tiles) {
         const int64_t tile = blockIdx.x + static_cast<int64_t>(k) * gridDim.x;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kTileThreads + Desk::kHelpers, N <= 4 ? 2 : 1)
           char* slot = to_owner.slot(owner, first + k, link.rank);
           copy_tile<T>(slot, parts.input(begin, owner), length, true, args.in_aligned);
         }
-        desk.stored();
+        desk.stored(stored++);
       }
       if (k >= 2 && k < tiles + 2) {
         const uint32_t now = k - 2;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kTileThreads + Desk::kHelpers, N <= 4 ? 2 : 1)
                       pack;
               }
             });
-        if constexpr (!kScatter) desk.stored();
+        if constexpr (!kScatter) desk.stored(stored++);
       }
       if (!kScatter && k >= 4) {
         const uint32_t now = k - 4;

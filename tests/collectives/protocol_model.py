@@ -1,7 +1,7 @@
 """The protocols of csrc/gpu as programs of a few instructions, and a search over everything that may happen.
 
 A store is on its way until it is delivered, which may be at any time and in any order; a released flag is delivered after
-all stores that its rank made before it. A rank that acquires at too small a scope, or without passing it on, may read
+all stores that its rank made before it. A rank sees its own stores at once. A rank that acquires at too small a scope, or without passing it on, may read
 what it held before. A search visits every state; a wrong read, or a state in which nobody can go on, is a fault.
 """
 
@@ -41,15 +41,49 @@ class Read:
     value: int
 
 
-Program = list[Store | Wait | Read]
+@dataclass(frozen=True)
+class Arrive:
+    """Until the own ``place`` is not blank (0); what lies there then has to be ``value``."""
+
+    place: Place
+    value: int
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Until the own ``place`` holds ``value`` or more."""
+
+    place: Place
+    value: int
+
+
+Program = list[Store | Wait | Read | Arrive | AtLeast]
 
 
 def packets(rank: int, ranks: int, calls: int, banks: int = 2) -> Program:
-    """Path push: epoch and data in one word, so that waiting for the epoch reads the data."""
+    """Path push of bytes: epoch and data in one word, so that waiting for the epoch reads the data."""
     program: Program = []
     for epoch in range(1, calls + 1):
         program += [Store(peer, (epoch % banks, rank), epoch) for peer in range(ranks) if peer != rank]
         program += [Wait((epoch % banks, peer), epoch) for peer in range(ranks) if peer != rank]
+    return program
+
+
+def blanks(
+    rank: int, ranks: int, calls: int, banks: int = 4, cleared: bool = True, told: bool = True, released: bool = True
+) -> Program:
+    """Path push of sums: data into blank places, which are blanked again in the next call; then the others hear of it."""
+    program: Program = []
+    peers = [peer for peer in range(ranks) if peer != rank]
+    for epoch in range(1, calls + 1):
+        program += [Store(peer, (epoch % banks, rank), epoch) for peer in peers]
+        if cleared and epoch > 1:
+            program += [Store(rank, ((epoch - 1) % banks, peer), 0) for peer in peers]
+        if told:
+            program += [AtLeast(("told", peer), epoch - 1) for peer in peers if epoch > 1]
+            # By the kernel's end the helper has told; what it tells of are the kernels before.
+            program += [Store(peer, ("told", rank), epoch, released) for peer in peers]
+        program += [Arrive((epoch % banks, peer), epoch) for peer in peers]
     return program
 
 
@@ -128,6 +162,15 @@ def fault(programs: Sequence[Program]) -> str | None:
             at = _put(state.at, rank, state.at[rank] + 1)
             assert not isinstance(step, Store)
             found = dict(state.memory[rank]).get(step.place, 0)
+            for own in state.flying[rank]:
+                if own.to == rank and own.place == step.place:
+                    found = own.value
+            if isinstance(step, Arrive | AtLeast):
+                if isinstance(step, Arrive) and found not in (0, step.value):
+                    return f"rank {rank} reads {found} instead of {step.value} at {step.place}"
+                if found >= max(step.value, 1):
+                    after.append(State(at, state.memory, state.held, state.flying))
+                continue
             if isinstance(step, Wait):
                 if found == step.value:
                     # A reader that the acquire does not reach may still hold what lay there when the rank began to wait.

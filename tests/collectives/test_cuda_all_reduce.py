@@ -86,6 +86,20 @@ def test_special_values(here: Here, op: Any, dtype: DType) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_ones_bits(here: Here, dtype: DType) -> None:
+    """Words of ones, which are what push takes for no data, on some ranks: their sums are NaN, and others stay what they are."""
+    parts = [part.copy() for part in cancelling(here.size, 4001, dtype)]
+    for rank, part in enumerate(parts):
+        part[16 * rank : 16 * rank + 8] = -1 % (1 << 8 * part.itemsize)
+    tensors = [tensor_of(part, dtype) for part in parts]
+    for op in ("sum", "max"):
+        expected = reference.all_reduce(parts, dtype, op)
+        for path in PATHS:
+            for _ in range(5):  # every bank of push
+                assert all(same(out, expected) for out in here.all_reduce(tensors, path, op=op)), (op, path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned(here: Here, dtype: DType) -> None:
     """A tensor that starts one element into another, on some ranks only, and strided ones."""
     parts = cancelling(here.size, 2890, dtype)

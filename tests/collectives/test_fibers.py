@@ -83,6 +83,22 @@ def test_special_values(ranks: Ranks, op: Any) -> None:
             assert all(same(each, expected) for each in found), (dtype, path)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ones_bits(ranks: Ranks, dtype: DType) -> None:
+    """Words of ones, which are what push takes for no data, on some ranks: their sums are NaN, and others stay what they are."""
+    parts = [part.copy() for part in cancelling(ranks.size, 4001, dtype)]
+    for rank, part in enumerate(parts):
+        part[16 * rank : 16 * rank + 8] = -1 % (1 << 8 * part.itemsize)
+        part[1000 + rank :: 64] = -1 % (1 << 8 * part.itemsize)
+    for op in ("sum", "max"):
+        expected = reference.all_reduce(parts, dtype, op)
+        for path in PATHS:
+            for _ in range(5):  # every bank of push
+                found = _sums(ranks, [tensor_of(part, dtype) for part in parts], path, op=op)
+                assert [same(each, expected) for each in found] == [True] * ranks.size, (op, path)
+    assert not np.isnan(load(expected, dtype)).all() and np.isnan(load(expected, dtype)).sum() >= 8 * ranks.size
+
+
 def test_reduce_scatter_and_all_gather(ranks: Ranks) -> None:
     """Slices of the sum, and bytes along two dimensions."""
     for width in (1, 5, 4096):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from protocol_model import fault, packets, tiles
+from protocol_model import blanks, fault, packets, tiles
 
 
 @pytest.mark.parametrize(("ranks", "calls"), [(2, 5), (3, 2)])
@@ -13,6 +13,31 @@ def test_packets(ranks: int, calls: int) -> None:
     found = fault([packets(rank, ranks, calls, banks=1) for rank in range(ranks)])
     assert found is not None
     assert "nobody can go on" in found
+
+
+def test_blanks() -> None:
+    """Four banks, of which the last read is blanked in each call and told in the next; a bank comes round in the fifth.
+
+    Two ranks: a place has one writer and one reader, whoever else there is.
+    """
+    assert fault([blanks(rank, 2, 5) for rank in range(2)]) is None
+
+
+@pytest.mark.parametrize(
+    ("planted", "word"),
+    [
+        ({"cleared": False}, "reads"),
+        ({"banks": 2}, "nobody can go on"),
+        ({"told": False}, "nobody can go on"),
+        ({"released": False}, "nobody can go on"),
+    ],
+    ids=["not blanked (7)", "two banks (5)", "blanked, but not told", "told before it is blank"],
+)
+def test_faults_of_blanks(planted: dict[str, bool | int], word: str) -> None:
+    """An old word is taken for a new one, or a new one is blanked."""
+    found = fault([blanks(rank, 2, 5, **planted) for rank in range(2)])  # type: ignore[arg-type]
+    assert found is not None
+    assert word in found
 
 
 @pytest.mark.parametrize("slots", [8, 6])

@@ -36,7 +36,7 @@ def test_compiles(source: str) -> None:
 @pytest.mark.parametrize(
     ("file", "before", "planted"),
     [
-        ("gpu/packets.h", "// What a reducing or", "static __device__ void fence_system() {}\n"),
+        ("gpu/blanks.h", "// What a reducing or", "static __device__ void fence_system() {}\n"),
         ("gpu/packets.h", "// Ends the call", "__device__ void end() { Wrong<N>::end(); }\n"),
         ("all_gather.cu", "int all_gather(", "#ifndef __CUDA_ARCH__\nint broken() { return nowhere; }\n#endif\n"),
     ],

@@ -1,4 +1,5 @@
-// The scheduler of fibers: a block's threads in turn, another warp first in every round.
+// The scheduler of fibers: a block's threads in turn, another warp first in every round, and one warp or another left out
+// for a while: on a GPU a warp may fall behind the rest.
 #include <sys/mman.h>
 
 #include <mutex>
@@ -43,6 +44,7 @@ static void start() {
 
 static constexpr size_t kStack = 32 << 10;
 static constexpr int kMostThreads = 1024;
+static constexpr int kBehind = 24;  // rounds that a warp is left out, or none is
 
 // Stacks of a block's fibers, kept for the next block: their pages are there already.
 static std::mutex guard;
@@ -78,13 +80,15 @@ void run(const std::function<void()>& body, int index, int count, int threads, i
     b.stack[t] = top - 6;
   }
   unsigned random = 12345u + static_cast<unsigned>(index);
+  int left_out = -1, rounds = 0;
   while (b.live > 0) {
     b.spins = 0;
     random = random * 1664525u + 1013904223u;
     const int first = static_cast<int>((random >> 8) % static_cast<unsigned>(threads / 32)) * 32;
+    if (++rounds % kBehind == 0) left_out = rounds / kBehind % 2 == 0 ? -1 : first / 32;
     for (int k = 0; k < threads; k++) {
       const int t = (first + k) % threads;
-      if (b.ended[t]) continue;
+      if (b.ended[t] || t / 32 == left_out) continue;
       tid.x = static_cast<unsigned>(t);
       fibers_switch(&b.scheduler, b.stack[t]);
     }
