@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -25,3 +29,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def _results_have_their_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every result that a test writes is validated, where jsonschema is installed (the extra dev)."""
+    try:
+        import jsonschema
+    except ModuleNotFoundError:
+        return
+    from detinfer.reporters import json as reporter
+
+    real = reporter.write
+
+    def write(result: Any, path: Path) -> None:
+        real(result, path)
+        jsonschema.Draft202012Validator(reporter.schema(result)).validate(json.loads(path.read_text(encoding="utf-8")))
+
+    monkeypatch.setattr(reporter, "write", write)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -58,6 +59,17 @@ def read_unfinished(path: Path) -> Saved:
         return Saved(saved.path, resume.options_of(saved.held), saved.held)
     except (KeyError, TypeError) as error:
         raise GoldenError(f"{path}: cannot be resumed: {error!r} is missing or of another kind") from error
+
+
+SCHEMAS = {"Result": "verify-1", "VectorResult": "vectors-1", "Diff": "diff-1", "ServerResult": "server-1"}
+"""The file under ``schemas`` of each kind of result, with the number of its version."""
+
+
+def schema(result: Result) -> dict[str, Any]:
+    """The JSON Schema of what ``write`` writes of a result."""
+    file = resources.files("detinfer.reporters") / "schemas" / f"{SCHEMAS[type(result).__name__]}.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def write(result: Result, path: Path) -> None:
