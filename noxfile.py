@@ -84,6 +84,13 @@ def interception(session: nox.Session) -> None:
 
 
 @nox.session
+def evaluations(session: nox.Session) -> None:
+    """lm_eval, Inspect, lighteval, transformers serve, pre-commit: the real packages; 1.6 GB (scripts/evaluations.py)."""
+    environment(session, "dev", "hf")
+    session.run("python", "scripts/evaluations.py", *session.posargs)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """The documentation's Python runs, its commands and options exist, its links lead somewhere."""
     environment(session, "dev", "hf")

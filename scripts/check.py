@@ -16,11 +16,12 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import environment
+import evaluations
 import hip
 
 SESSIONS = ("lint", "types", "build", "goldens", "demo", "docs", "interception", "tests")
-WHERE_PREPARED = "hip"
-"""A session that runs where its tools are (``hip.tools()``): they are large, and it has to be asked for to fetch them."""
+WHERE_PREPARED = {"hip": lambda: hip.prepared(hip.tools()), "evaluations": evaluations.prepared}
+"""Sessions that run where their tools are: these are large, and have to be asked for to be fetched."""
 REPORTS = environment.CHECKOUT / "build" / "reports"
 """Where each session's pytest leaves its counts (JUnit XML)."""
 
@@ -30,7 +31,7 @@ def main(sessions: list[str]) -> int:
     start = time.monotonic()
     python = environment.prepare(("dev", "hf"), smollm2=True)
     shutil.rmtree(REPORTS, ignore_errors=True)
-    chosen = sessions or [*SESSIONS, *([WHERE_PREPARED] if hip.prepared(hip.tools()) else [])]
+    chosen = sessions or [*SESSIONS, *(name for name, prepared in WHERE_PREPARED.items() if prepared())]
     nox = subprocess.run(
         [python, "-m", "nox", "--no-venv", "--session", *chosen],
         cwd=environment.CHECKOUT,

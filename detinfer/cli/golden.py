@@ -63,11 +63,14 @@ def show(path: Path) -> None:
 @click.argument("paths", type=_path, nargs=-1, required=True)
 @click.pass_context
 def check(context: click.Context, paths: tuple[Path, ...]) -> None:
-    """Read the goldens at PATHS whole: every file and tensor against its digest. Exits with 4 where one is damaged."""
+    """Read the goldens at PATHS whole: every file and tensor against its digest. Exits with 4 where one is damaged.
+
+    A PATH is a golden, a file of one, or a folder with goldens below. That is what the pre-commit hook runs.
+    """
     from detinfer.goldens import registry
 
     failed = 0
-    for path in paths:
+    for path in registry.at(paths):
         problem = registry.problem(path)
         failed += problem is not None
         print(f"{path}: {problem or 'whole'}")

@@ -6,12 +6,12 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from detinfer import environment, native
+from detinfer import environment, native, tensor_file
 from detinfer.errors import DetinferError, UsageError
 from detinfer.goldens.format import Golden, load_manifest
 from detinfer.goldens.manifest import NAME, Manifest
@@ -126,9 +126,36 @@ def described(path: Path) -> Iterator[tuple[str, str]]:
     )
 
 
+def at(paths: Sequence[Path]) -> list[Path]:
+    """The goldens that ``paths`` are, or that files among them belong to, or that lie below folders among them; each once.
+
+    A file ``*.safetensors`` without a manifest beside it is one of the pytest plugin, a golden by itself.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        if path.is_file():
+            found[path.parent if (path.parent / NAME).exists() or path.suffix != ".safetensors" else path] = None
+        elif (path / NAME).exists() or not path.is_dir():
+            found[path] = None
+        else:
+            inside = [file.parent for file in sorted(path.rglob(NAME)) if not _LEFT.fullmatch(file.parent.name)]
+            alone = [file for file in sorted(path.rglob("*.safetensors")) if not _held(file, path)]
+            if not inside and not alone:
+                raise UsageError(f"{path}: there is no golden in it")
+            found |= dict.fromkeys([*inside, *alone])
+    return list(found)
+
+
+def _held(file: Path, folder: Path) -> bool:
+    """Whether a file belongs to a golden in ``folder``, or to what a killed writer left."""
+    return (file.parent / NAME).exists() or any(_LEFT.fullmatch(part) for part in file.relative_to(folder).parts)
+
+
 def problem(path: Path) -> str | None:
     """Why a golden is not whole, or None: every file, and every stored tensor, is read and hashed."""
     try:
+        if path.suffix == ".safetensors" and path.is_file():
+            return _problem_of_plugin(path)
         if is_vectors(path):
             read(path)
             return None
@@ -139,6 +166,17 @@ def problem(path: Path) -> str | None:
                 golden.tensor(digest)
     except DetinferError as error:
         return str(error)
+    return None
+
+
+def _problem_of_plugin(path: Path) -> str | None:
+    """Why a file of the pytest plugin cannot be read; it has no digests of its own."""
+    try:
+        with tensor_file.reader(path) as file:
+            held = json.loads((file.metadata() or {})[tensor_file.METADATA_KEY])
+        environment.Environment.from_json(held, str(path))
+    except (ValueError, KeyError, DetinferError) as error:
+        return f"no golden: its manifest.json is missing, and it is none of the pytest plugin: {error}"
     return None
 
 
