@@ -94,6 +94,7 @@ def verify(
         raise click.UsageError("Missing argument 'GOLDEN'.", context)
     if resume_file is None and golden is not None and is_vectors(golden):
         context.exit(vectors.verify(golden, tp, json_file))
+    from detinfer import fingerprint
     from detinfer.cli import jobs as shared
     from detinfer.goldens import axes
     from detinfer.goldens.inputs import Options
@@ -146,6 +147,8 @@ def verify(
                 console.print(f"interrupted: detinfer verify --resume {file} goes on", soft_wrap=True)
                 raise
         if held.ranks.rank == 0:
+            if json_file or html_file or junit_file or github:
+                result.system_fingerprint = fingerprint.capture(held.policy, held.target.device).to_json()
             if json_file is not None:
                 json_reporter.write(result, json_file)
             text.show(result, Console(highlight=False))
@@ -163,6 +166,6 @@ def verify(
                 for line in github_reporter.commands(result):
                     print(line)
                 if page := os.environ.get("GITHUB_STEP_SUMMARY"):
-                    github_reporter.append(result, Path(page))
+                    github_reporter.append(github_reporter.job_summary(result), Path(page))
         held.ranks.share(None)  # a launcher may end the others as soon as one leaves with a verdict
     context.exit(result.exit_code())

@@ -100,6 +100,8 @@ def _place(url: str, api: str) -> tuple[str, str]:
 @click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the server's key.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON.")
 @click.option("--junit-xml", "junit_file", type=click.Path(dir_okay=False, path_type=Path), help="Write JUnit XML.")
+@click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a page for people.")
+@click.option("--github", is_flag=True, help="Print annotations of GitHub Actions and add to the job's summary.")
 @click.pass_context
 def verify_server(
     context: click.Context,
@@ -136,6 +138,8 @@ def verify_server(
     api_key_env: str | None,
     json_file: Path | None,
     junit_file: Path | None,
+    html_file: Path | None,
+    github: bool,
 ) -> None:
     """Ask the server at URL the same prompts alone and in batches, and compare every bit of the answers.
 
@@ -145,8 +149,9 @@ def verify_server(
     from detinfer.integrations.server import report, sweep
     from detinfer.integrations.server.api import Sampling
     from detinfer.integrations.server.verify import MODES, Access, Control, verify
+    from detinfer.reporters import github as github_reporter
+    from detinfer.reporters import html, junit
     from detinfer.reporters import json as json_reporter
-    from detinfer.reporters import junit
 
     if control_url is not None and control_body is not None:
         raise UsageError("--control-url and --control-body: give one of them")
@@ -202,4 +207,11 @@ def verify_server(
     if junit_file is not None:
         junit.save(report.document(result), junit_file)
     report.show(result, out)
+    if html_file is not None:
+        html.save(html.rendered("server.html", **report.page(result)), html_file)
+    if github:
+        for line in report.commands(result):
+            print(line)
+        if page := os.environ.get("GITHUB_STEP_SUMMARY"):
+            github_reporter.append(report.job_summary(result), Path(page))
     context.exit(result.exit_code())

@@ -216,6 +216,8 @@ class Result:
     sweep: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     unfinished: dict[str, Any] | None = None
+    system_fingerprint: dict[str, Any] | None = None
+    """What decided bits in this run (``fingerprint.Fingerprint.to_json``), where a report was asked for."""
 
     def exit_code(self) -> int:
         """Diverged before stale before vacuous; the control is never judged."""

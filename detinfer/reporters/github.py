@@ -24,14 +24,14 @@ def commands(result: Result) -> list[str]:
             cause = getattr(part, "cause", None)
             by = f" by {cause.operation} in {cause.path}" if cause is not None else ""
             text = f"{summary.place(part.first)}\n{summary.values(part.first)}{by}\nredo: {part.first.command}"
-            found.append(_command("error", f"detinfer {what}: {part.first.unit}", text))
+            found.append(command("error", f"detinfer {what}: {part.first.unit}", text))
     for name, verdict, sentence in summary.verdicts(result):
         if verdict in ("stale", "vacuous"):
             reasons = result.golden.reasons if verdict == "stale" else result.invariance.reasons
-            found.append(_command("error", f"detinfer {name}: {verdict}", "\n".join([sentence, *reasons])))
+            found.append(command("error", f"detinfer {name}: {verdict}", "\n".join([sentence, *reasons])))
         elif name != "control":
             kind = "error" if verdict == "diverged" else "notice"
-            found.append(_command(kind, f"detinfer {name}: {verdict}", sentence))
+            found.append(command(kind, f"detinfer {name}: {verdict}", sentence))
     return found[:ANNOTATIONS]
 
 
@@ -39,6 +39,8 @@ def job_summary(result: Result) -> str:
     """Markdown for the job's page."""
     lines = [f"### detinfer verify `{result.path}`", "", "| | verdict | |", "|---|---|---|"]
     lines += [f"| {name} | **{verdict}** | {sentence} |" for name, verdict, sentence in summary.verdicts(result)]
+    if mark := summary.fingerprint(result):
+        lines += ["", f"Under `{mark}`."]
     if (cause := result.invariance.cause) is not None:
         lines += ["", f"First cause: `{cause.operation}` in `{cause.path}`, {summary.values(cause)}."]
     differing = [layer for layer in summary.layers(result.invariance.units) if layer.differing]
@@ -48,9 +50,9 @@ def job_summary(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def append(result: Result, path: Path) -> None:
-    """Add the summary to the file that GitHub names in ``GITHUB_STEP_SUMMARY``; it is cut at one MiB, and says so."""
-    text = job_summary(result).encode()
+def append(summary: str, path: Path) -> None:
+    """Add a summary to the file that GitHub names in ``GITHUB_STEP_SUMMARY``; it is cut at one MiB, and says so."""
+    text = summary.encode()
     if len(text) > SUMMARY_BYTES:
         note = f"\n\nCut: {len(text):,} bytes.\n".encode()
         text = text[: SUMMARY_BYTES - len(note)].rsplit(b"\n", 1)[0] + note
@@ -61,7 +63,8 @@ def append(result: Result, path: Path) -> None:
         raise InfrastructureError(f"--github: the summary {path}: {error.strerror}") from error
 
 
-def _command(kind: str, title: str, text: str) -> str:
+def command(kind: str, title: str, text: str) -> str:
+    """One workflow command: ``kind`` is error, warning or notice."""
     title = _escaped(title).replace(":", "%3A").replace(",", "%2C")
     return f"::{kind} title={title}::{_escaped(text)}"
 

@@ -17,14 +17,19 @@ LEVELS = 5
 """Shades of the heat map, by the share of a cell's rows that differ."""
 
 
-def page(result: Result) -> str:
-    """The page's text."""
+def rendered(template: str, **values: Any) -> str:
+    """A template of this package with ``values``; what is missing is an error, and text is escaped."""
     environment = Environment(
         loader=PackageLoader("detinfer.reporters"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    return environment.get_template("result.html").render(
+    return environment.get_template(template).render(version=detinfer.__version__, **values)
+
+
+def page(result: Result) -> str:
+    """The page's text."""
+    return rendered(
+        "result.html",
         result=result,
-        version=detinfer.__version__,
         summary=summary,
         verdicts=summary.verdicts(result),
         causes=_causes(result),
@@ -38,8 +43,13 @@ def page(result: Result) -> str:
 
 def write(result: Result, path: Path) -> None:
     """Write the page; InfrastructureError when that cannot be done."""
+    save(page(result), path)
+
+
+def save(text: str, path: Path) -> None:
+    """Write a page; InfrastructureError when that cannot be done."""
     try:
-        path.write_text(page(result), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InfrastructureError(f"--html {path}: {error.strerror}; the report was not written") from error
 

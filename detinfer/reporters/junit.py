@@ -15,7 +15,9 @@ def document(result: Result) -> ElementTree.Element:
     root = ElementTree.Element("testsuites")
     suite = ElementTree.SubElement(root, "testsuite", name=f"detinfer verify {result.path}")
     properties = ElementTree.SubElement(suite, "properties")
-    for name, value in (("target", result.target), ("dtype", result.dtype), ("seed", str(result.seed))):
+    held = {"target": result.target, "dtype": result.dtype, "seed": str(result.seed)}
+    held["system_fingerprint"] = summary.fingerprint(result)
+    for name, value in held.items():
         ElementTree.SubElement(properties, "property", name=name, value=value)
     failures = skipped = 0
     firsts: dict[str, Divergence] = {}

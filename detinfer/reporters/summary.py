@@ -20,6 +20,11 @@ class Layer:
     trials: dict[int, int]
 
 
+def fingerprint(result: Result) -> str:
+    """The name of the fingerprint that a result was made under; empty where it has none."""
+    return str((result.system_fingerprint or {}).get("fingerprint", ""))
+
+
 def layer(name: str) -> str:
     """The block that a unit belongs to: everything up to the first number of its name."""
     if not name:

@@ -22,8 +22,9 @@ import torch
 from detinfer.bits import dtype_name
 from detinfer.errors import DetinferError, RefusedError
 from detinfer.policy import Active, deterministic
-from detinfer.policy.policy import Accepted, Decision, from_json
+from detinfer.policy.policy import Accepted, Decision, Policy, from_json
 from detinfer.policy.state import STATE
+from detinfer.run import served
 
 FOLDER = "DETINFER_RUN"
 """Names the folder of the run: the policy and the processes' accounts."""
@@ -32,6 +33,7 @@ MOST_MESSAGES = 20
 """Refusals of a process that are written out; further ones are counted."""
 
 _entered: list[Any] = []
+_policy: list[Policy] = []
 
 
 class Account:
@@ -124,7 +126,16 @@ def enter() -> None:
         print(f"detinfer run: the policy cannot be put in force in process {os.getpid()}: {error}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, DetinferError) else 3)
     _entered.append(block)
+    _policy.append(policy)
+    serving()
     STATE.ledger, RefusedError.heard = account, account.refused
     atexit.register(_leave, account, block)
     os.register_at_fork(after_in_child=account.forked)
     multiprocessing.util.register_after_fork(account, Account.finish_with_process)
+
+
+def serving() -> None:
+    """uvicorn was imported, or the policy came into force: once both are so, its answers carry the fingerprint."""
+    config = sys.modules.get("uvicorn.config")
+    if _policy and config is not None and hasattr(config, "Config"):
+        served.mark(config, _policy[0])

@@ -41,6 +41,7 @@ class Script:
     after: int = 0
     times: int = 1 << 30
     seconds: float = 0.0
+    fingerprint: str | None = None  # the system_fingerprint of every completion
 
 
 @dataclass
@@ -88,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
         script = self.state.script
         if self.path == "/get_model_info" and script.api == "sglang":
             self._reply({"model_path": "hash"})
+        elif self.path == "/detinfer/fingerprint" and (script.fingerprint or "").startswith("di"):
+            self._reply({"fingerprint": script.fingerprint})
         elif self.path == "/v1/models" and script.api != "sglang":
             self._reply({"data": [{"id": "hash"}]})
         else:
@@ -228,16 +231,21 @@ class Handler(BaseHTTPRequestHandler):
         usage = {"prompt_tokens": sum(len(tokens_of(prompt)) for prompt in prompts)}
         choices = choices[:-1] if fewer else choices
         if body["stream"]:
-            events = [json.dumps({"choices": [choice]}) for choice in choices]
+            events = [json.dumps({"choices": [choice], **self._mark()}) for choice in choices]
             return "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]).encode(), 200
-        return {"choices": choices, "usage": usage}, 200
+        return {"choices": choices, "usage": usage, **self._mark()}, 200
 
     def _chat(self, body: dict[str, Any], fewer: bool) -> tuple[Any, int]:
         one = self._one(body["messages"][0]["content"], body, body["max_tokens"], 0, 1)
         pairs = zip(one["new"], one["logprobs"], strict=True)
         content = [{"token": f" w{token}", "logprob": value} for token, value in pairs]
         choice = {"index": 0, "message": {"content": one["text"]}, "logprobs": {"content": content}}
-        return {"choices": [] if fewer else [choice], "usage": {"prompt_tokens": len(one["asked"])}}, 200
+        usage = {"prompt_tokens": len(one["asked"])}
+        return {"choices": [] if fewer else [choice], "usage": usage, **self._mark()}, 200
+
+    def _mark(self) -> dict[str, str]:
+        named = self.state.script.fingerprint
+        return {} if named is None else {"system_fingerprint": named}
 
 
 class Server(ThreadingHTTPServer):

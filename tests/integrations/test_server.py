@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from detinfer.integrations.server.result import ServerResult
 from detinfer.integrations.server.sweep import Options
 from detinfer.integrations.server.transport import Unanswered
 from detinfer.integrations.server.verify import Access, Control, verify
+from detinfer.reporters import html
 
 SIZES = (1, 2, 7, 9)
 PREFIXES = (1, 15, 40)
@@ -203,9 +205,11 @@ def test_difference_is_of_bits() -> None:
     assert str(found) == "Logprob mismatch at position 1: -1.25 vs -1.0 (diff: -0.25)"
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`detinfer verify URL` writes SGLang's lines, JSON and JUnit; the control field makes the same server differ."""
-    files = ["--json", str(tmp_path / "r.json"), "--junit-xml", str(tmp_path / "r.xml")]
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`detinfer verify URL` writes SGLang's lines and every report; the control field makes the same server differ."""
+    files = ["--json", str(tmp_path / "r.json"), "--junit-xml", str(tmp_path / "r.xml"), "--github"]
+    files += ["--html", str(tmp_path / "r.html")]
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     options = ["--batch-sizes", "1,2,9", "--n-trials", "3", "--max-new-tokens", "3", "--concurrency", "1"]
     script = Script(batch_from=9, only_with="off")
     with serving(script) as (url, state):
@@ -222,6 +226,50 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert held["schema"] == 1 and held["parts"][0]["first"]["trial"] == 3 and held["parts"][0]["first"]["size"] == 9
     suite = ElementTree.parse(tmp_path / "r.xml").getroot()[0]
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("4", "2", "0")
+    commands = [line for line in printed.splitlines() if line.startswith("::")]
+    assert commands[0].startswith(
+        "::error title=detinfer single%3A an answer differs::trial 3, batch size 9, position "
+    )
+    assert (
+        "%0ALogprob mismatch at position 0" in commands[0]
+        and "::error title=detinfer single%3A diverged" in commands[1]
+    )
+    assert "| single | **diverged** | 9 of 12 answers differ |" in (tmp_path / "summary.md").read_text()
+    page = (tmp_path / "r.html").read_text()
+    assert (
+        "diverged" in page and "trial 3, batch size 9, position 0" in page and held["parts"][0]["first"]["got"] in page
+    )
+    assert not re.search(r"<(script|link|img)|url\(|@import", page)
+
+
+def test_the_page_says_what_went_wrong() -> None:
+    """Faults, answers that never came, the control, names that must be escaped."""
+    result = verified(Script(fault="500", after=2 + max(SIZES)))
+    result.url = "http://<host>"
+    page = html.rendered("server.html", **report.page(result))
+    assert "http://&lt;host&gt;" in page and "<host>" not in page
+    assert "status 500 x " in page and "unanswered" in page and "No control" in page
+    assert page.count("<section") == page.count("</section>") == 1
+    controlled = verified(Script(), "single", control=Script(batch_from=7))
+    assert "control: " in html.rendered("server.html", **report.page(controlled))
+
+
+def test_the_servers_fingerprint() -> None:
+    """What answers name goes into the result and its reports; a change while it was asked is said."""
+    for api, stream in (("openai", False), ("openai", True), ("chat", False)):
+        sampling = Sampling(max_new_tokens=3, stream=stream)
+        result = verified(Script(api=api, fingerprint="di1-batch-0123456789abcdef"), sampling=sampling, api=api)
+        assert set(result.system_fingerprints) == {"di1-batch-0123456789abcdef"}, (api, stream)
+        assert result.system_fingerprint == {"fingerprint": "di1-batch-0123456789abcdef"}
+        held = {one.get("name"): one.get("value") for one in report.document(result).iter("property")}
+        assert held["system_fingerprint"] == "di1-batch-0123456789abcdef"
+        assert "di1-batch-0123456789abcdef" in html.rendered("server.html", **report.page(result))
+        assert "di1-batch-0123456789abcdef" in report.job_summary(result)
+    result = verified(Script(api="openai", fingerprint="fp_a"))
+    assert set(result.system_fingerprints) == {"fp_a"} and result.system_fingerprint is None
+    result.system_fingerprints["fp_b"] = 1
+    assert "it changed while it was asked" in html.rendered("server.html", **report.page(result))
+    assert verified(Script()).system_fingerprints == {}
 
 
 def test_junit_tells_faults_from_differences() -> None:

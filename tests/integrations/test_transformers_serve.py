@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from detinfer import fingerprint
 from detinfer.integrations.server.api import Sampling
 from detinfer.integrations.server.sweep import Options
 from detinfer.integrations.server.verify import Access, Control, verify
@@ -126,3 +127,7 @@ def test_served_under_the_policy_and_not(model: Path, tmp_path: Path) -> None:
     assert (part.verdict, off.verdict) in (("same", "diverged"), ("vacuous", "same"))
     assert asked.exit_code() == 5 and "no log-probabilities" in asked.parts[0].reasons[0]
     assert len(json.loads(report.read_text())["processes"]) == 1, "the policy was in force in the server"
+    (name,) = result.system_fingerprints
+    assert name.startswith("di1-batch-") and result.system_fingerprint is not None
+    assert str(fingerprint.from_json(result.system_fingerprint)) == name, "and its answers say so"
+    assert result.system_fingerprint["policy"]["uncovered"] == json.loads(report.read_text())["policy"]["uncovered"]

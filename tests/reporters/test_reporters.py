@@ -101,6 +101,7 @@ def result(diverged: bool = True) -> Result:
         control=Control("diverged", 3, 2, 9, 4, [Tally("layers.0.<mlp>", "leaf", "Linear", 9, 9, 4, 1)]),
         decisions=[{"op": "aten::linear", "dtypes": ["bfloat16"], "path": "csrc/matmul", "reason": "r", "proof": None}],
         environment={"torch": "2.13", "gpu": {"name": "none"}, "cpu_features": ["a", "b"]},
+        system_fingerprint={"fingerprint": "di1-batch-0123456789abcdef"} if diverged else None,
     )
 
 
@@ -187,21 +188,31 @@ def test_commands_of_github() -> None:
     assert "aten::linear" in found[0]
     assert all("\n" not in line for line in found)
     assert len(found) <= github.ANNOTATIONS
-    assert "100%25" in github._command("error", "a,b", "100%")
-    assert github._command("error", "a,b", "").startswith("::error title=a%2Cb::")
+    assert "100%25" in github.command("error", "a,b", "100%")
+    assert github.command("error", "a,b", "").startswith("::error title=a%2Cb::")
     assert [line.split(" ")[0] for line in github.commands(result(False))] == ["::notice", "::error"]
 
 
 def test_the_summary_of_a_job_is_cut_at_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Appended, and cut at a line with a note."""
     page = tmp_path / "summary.md"
-    github.append(result(), page)
+    github.append(github.job_summary(result()), page)
     assert "| invariance | **diverged** |" in page.read_text()
     monkeypatch.setattr(github, "SUMMARY_BYTES", 200)
-    github.append(result(), tmp_path / "short.md")
+    github.append(github.job_summary(result()), tmp_path / "short.md")
     short = (tmp_path / "short.md").read_bytes()
     assert len(short) <= 200
     assert b"Cut:" in short
+
+
+def test_every_report_names_the_fingerprint() -> None:
+    """The page, JUnit's properties, the summary of a job, the JSON; a result without one says nothing of it."""
+    name = "di1-batch-0123456789abcdef"
+    for made in (html.page, github.job_summary, lambda one: json.dumps(one.to_json())):
+        assert name in made(result()) and name not in made(result(False))
+    for diverged, value in ((True, name), (False, "")):
+        held = {one.get("name"): one.get("value") for one in junit.document(result(diverged)).iter("property")}
+        assert held["system_fingerprint"] == value
 
 
 def test_distances_are_ordered() -> None:

@@ -76,6 +76,8 @@ class Api(ABC):
                 raise Fault("malformed", f"{type(error).__name__}: {error} in {shown!r}") from error
             if len(answers) != len(prompts):
                 raise Fault("items", f"{len(answers)} answers to {len(prompts)} prompts")
+            named = {one.get("system_fingerprint") for one in events if isinstance(one, dict)}
+            self.transport.fingerprints.update(name for name in named if isinstance(name, str) and name)
             return answers
 
         return self.transport.post(self.path, body, read)

@@ -1,15 +1,18 @@
-"""A server's result as text, in the lines of SGLang's test where it has one, and as JUnit XML."""
+"""A server's result as text, in the lines of SGLang's test where it has one, as JUnit XML, a page, and GitHub's commands."""
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 
 from detinfer.integrations.server.result import Divergence, Part, ServerResult
+from detinfer.reporters import github
 
 _STYLES = {"same": "green", "diverged": "bold red", "unanswered": "yellow", "vacuous": "yellow"}
+CHANGED = ": it changed while it was asked"
 SHOWN = 5
 """Differences printed; the JSON has more."""
 
@@ -27,11 +30,15 @@ def show(result: ServerResult, console: Console) -> None:
         f"{failed} faults{f' ({kinds})' if kinds else ''}, {result.retried} retried",
         soft_wrap=True,
     )
+    if result.system_fingerprints:
+        named = ", ".join(result.system_fingerprints)
+        console.print(
+            f"answers     under {named}{CHANGED if len(result.system_fingerprints) > 1 else ''}", soft_wrap=True
+        )
     control = {part.mode: part for part in result.control}
     for part in result.parts:
-        missing = f", {part.unanswered} unanswered" if part.unanswered else ""
-        counts = f"{part.differing:,} of {part.compared:,} answers differ{missing}"
-        console.print(f"{part.mode:<11} [{_STYLES[part.verdict]}]{part.verdict.upper()}[/]  {counts}", soft_wrap=True)
+        style = _STYLES[part.verdict]
+        console.print(f"{part.mode:<11} [{style}]{part.verdict.upper()}[/]  {_counts(part)}", soft_wrap=True)
         for reason in (*part.reasons, *part.notes):
             console.print(f"            {reason}", soft_wrap=True, markup=False)
         if part.mode in control:
@@ -78,7 +85,13 @@ def document(result: ServerResult) -> ElementTree.Element:
     root = ElementTree.Element("testsuites")
     suite = ElementTree.SubElement(root, "testsuite", name=f"detinfer verify {result.url}")
     properties = ElementTree.SubElement(suite, "properties")
-    held = {"api": result.api, "model": result.model or "", "seed": str(result.seed), "faults": str(result.faults)}
+    held = {
+        "system_fingerprint": ", ".join(result.system_fingerprints),
+        "api": result.api,
+        "model": result.model or "",
+        "seed": str(result.seed),
+        "faults": str(result.faults),
+    }
     for name, value in held.items():
         ElementTree.SubElement(properties, "property", name=name, value=value)
     for part in result.parts:
@@ -103,6 +116,41 @@ def document(result: ServerResult) -> ElementTree.Element:
     suite.set("failures", str(len(suite.findall("testcase/failure"))))
     suite.set("errors", str(len(suite.findall("testcase/error"))))
     return root
+
+
+def page(result: ServerResult) -> dict[str, Any]:
+    """What the template ``server.html`` is filled with."""
+    return {"result": result, "control": {part.mode: part for part in result.control}, "place": place}
+
+
+def commands(result: ServerResult) -> list[str]:
+    """Annotations for GitHub Actions, the first difference of each mode first; at most ten."""
+    found = []
+    for part in result.parts:
+        if part.first is not None:
+            text = f"{place(part.first, part)}\n{part.first.said}\n{part.first.command}"
+            found.append(github.command("error", f"detinfer {part.mode}: an answer differs", _clean(text)))
+    for part in result.parts:
+        kind = "notice" if part.verdict == "same" else "error"
+        text = "\n".join([_counts(part), *part.reasons, *part.notes])
+        found.append(github.command(kind, f"detinfer {part.mode}: {part.verdict}", _clean(text)))
+    return found[: github.ANNOTATIONS]
+
+
+def job_summary(result: ServerResult) -> str:
+    """Markdown for the job's page."""
+    lines = [f"### detinfer verify `{result.url}`", "", "| | verdict | |", "|---|---|---|"]
+    lines += [f"| {part.mode} | **{part.verdict}** | {_counts(part)} |" for part in result.parts]
+    if result.faults:
+        lines += ["", "Faults: " + ", ".join(f"{kind} x {count}" for kind, count in result.faults.items()) + "."]
+    if result.system_fingerprints:
+        lines += ["", "Answers under " + ", ".join(f"`{name}`" for name in result.system_fingerprints) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _counts(part: Part) -> str:
+    missing = f", {part.unanswered} unanswered" if part.unanswered else ""
+    return f"{part.differing:,} of {part.compared:,} answers differ{missing}"
 
 
 def _clean(text: str) -> str:

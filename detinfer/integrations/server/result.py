@@ -102,6 +102,10 @@ class ServerResult:
     faults: dict[str, int] = field(default_factory=dict)
     most_at_once: int = 0
     seconds: float = 0.0
+    system_fingerprints: dict[str, int] = field(default_factory=dict)
+    """What answers named, and how many did."""
+    system_fingerprint: dict[str, Any] | None = None
+    """The whole of it, where the server runs under ``detinfer run`` and has it."""
     schema: int = SCHEMA
 
     def exit_code(self) -> int:

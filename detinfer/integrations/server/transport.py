@@ -60,6 +60,8 @@ class Transport:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.timeout, self.retries = timeout, retries
         self.faults: Counter[str] = Counter()
+        self.fingerprints: Counter[str] = Counter()
+        """What answers named as their ``system_fingerprint``."""
         self.requests = self.retried = self.most_at_once = 0
         self._flying = 0
         self._lock = threading.Lock()

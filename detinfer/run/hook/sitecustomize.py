@@ -1,5 +1,7 @@
 """Imported by every Python process under ``detinfer run``: puts the policy in force as soon as torch is imported.
 
+What is served over uvicorn says under which fingerprint (``run.served``).
+
 Standard library alone, since most processes never import torch. A sitecustomize that the environment has of its own runs
 first.
 """
@@ -17,7 +19,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class _Loader:
-    """torch's own loader (or detinfer's), and then the policy."""
+    """torch's own loader (or detinfer's, or uvicorn's), and then the policy."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -33,6 +35,11 @@ class _Loader:
         """Import the module, then put the policy in force. SystemExit where that cannot be: nothing runs without it."""
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
+        if module.__name__ == "uvicorn.config":  # with torch or before it: whichever comes second marks its answers
+            child = sys.modules.get("detinfer.run.child")
+            if child is not None:
+                child.serving()
+            return
         if module.__name__ == "detinfer":  # its modules import torch halfway: torch goes first, and comes back here
             importlib.import_module("torch")
             return
@@ -58,7 +65,7 @@ class _Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """The module's own spec, its loader wrapped."""
         key = (threading.get_ident(), name)
-        if name not in ("torch", "detinfer") or key in self._asking:
+        if name not in ("torch", "detinfer", "uvicorn.config") or key in self._asking:
             return None
         self._asking.add(key)
         try:
