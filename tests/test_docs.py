@@ -1,6 +1,7 @@
 """The documentation is true: its Python runs, its commands parse, its options, variables and links exist.
 
-Blocks marked ```python run from top to bottom, in one namespace for each file and in an empty folder. In blocks marked
+Blocks marked ```python run from top to bottom, in one namespace for each file and in an empty folder; one below a line that
+ends in a file's name in backquotes is also written there. In blocks marked
 ```console, lines that begin with `$ ` are commands: those of detinfer are parsed, the project's scripts must exist.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +33,14 @@ class Block:
     language: str
     line: int
     text: str
+    file: str = ""
 
 
 def blocks(text: str) -> Iterator[Block]:
     """The fenced blocks of a Markdown text."""
     for found in re.finditer(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", text, re.MULTILINE | re.DOTALL):
-        yield Block(found[1], text.count("\n", 0, found.start(2)) + 1, found[2])
+        name = re.search(r"`([\w.-]+\.py)`:\n\n$", text[: found.start()])
+        yield Block(found[1], text.count("\n", 0, found.start(2)) + 1, found[2], name[1] if name else "")
 
 
 def commands(text: str) -> list[str]:
@@ -72,7 +76,7 @@ def parse(words: list[str]) -> None:
 
 def wrong(command: str) -> str | None:
     """What is wrong with a documented command line; None where nothing is."""
-    words = shlex.split(command.partition(" && ")[0])
+    words = shlex.split(command.partition(" && ")[0].partition(" > ")[0])
     if words[0] == "detinfer" or words[:3] in (["python", "-m", "detinfer"], ["python3", "-m", "detinfer"]):
         try:
             parse(words[1:] if words[0] == "detinfer" else words[3:])
@@ -105,8 +109,12 @@ def verbs(group: click.Group, before: str = "") -> Iterator[tuple[str, click.Com
 def test_python_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block of Python runs, one after the other."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     namespace: dict[str, object] = {"__name__": "docs"}
     for block in blocks(path.read_text(encoding="utf-8")):
+        if block.file:
+            (tmp_path / block.file).write_text(block.text)
+            monkeypatch.delitem(sys.modules, Path(block.file).stem, raising=False)
         if block.language == "python":
             exec(compile("\n" * (block.line - 1) + block.text, path, "exec"), namespace)
 

@@ -86,6 +86,8 @@ OPTIONS = {
         "--frequency-penalty",
         "--host",
         "--json",
+        "--github",
+        "--html",
         "--junit-xml",
         "--max-new-tokens",
         "--max-token-id",
