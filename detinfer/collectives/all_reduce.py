@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from detinfer.collectives.calls import OPS, ORDERS, PATH_NUMBERS, REDUCED, Call, Path, reduction
+from detinfer.collectives.calls import OPS, ORDERS, PATH_NUMBERS, REDUCED, Call, Path, reduction, steering
 from detinfer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def all_reduce(
         call.path = path_number(path, count * call.item, ranks.size)
 
     on_cpu("all_reduce", tensor=tensor, out=out)
+    path = path or steering()
     dtype, count = tensor.dtype, tensor.numel()
     given, written = place("all_reduce", tensor, out)
     with ranks._lock:

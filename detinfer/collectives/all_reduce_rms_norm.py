@@ -8,7 +8,7 @@ import torch
 
 from detinfer import native
 from detinfer.collectives.all_reduce import on_cpu, path_number
-from detinfer.collectives.calls import MODES, ORDERS, WEIGHT_MODES, Call, Path, reduction
+from detinfer.collectives.calls import MODES, ORDERS, WEIGHT_MODES, Call, Path, reduction, steering
 from detinfer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def all_reduce_rms_norm(
         call.mode, call.weight_mode = MODES[mode], WEIGHT_MODES[weight_mode]
         call.weight_dtype = -1 if weight is None else native.dtype_code(weight.dtype, f"{where}, its weight")
 
-    where = "all_reduce_rms_norm"
+    where, path = "all_reduce_rms_norm", path or steering()
     native.dtype_code(x.dtype, where)
     reduction(where, x.dtype, "sum", order, path)
     on_cpu(where, x=x, residual=residual, weight=weight)

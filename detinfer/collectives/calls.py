@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -29,6 +31,24 @@ PATHS: dict[str, tuple[Path, ...]] = {
 }
 """The paths of each collective. ``1stage``: every rank reads all ranks' elements. ``2stage``: each rank reduces its
 share, then all gather the shares."""
+
+_steered: list[Path] = []
+
+
+@contextmanager
+def steered(path: Path) -> Iterator[None]:
+    """Inside the block sums between ranks of the CPU take ``path`` where their caller names none: for tests of paths."""
+    _steered.append(path)
+    try:
+        yield
+    finally:
+        _steered.pop()
+
+
+def steering() -> Path | None:
+    """The path of the innermost ``steered``; None: the faster one for the size."""
+    return _steered[-1] if _steered else None
+
 
 REDUCED: dict[torch.dtype, int] = {
     torch.float32: 0,

@@ -15,7 +15,7 @@ import torch
 
 from detinfer import bits
 from detinfer.errors import RefusedError, UsageError
-from detinfer.goldens import schedules
+from detinfer.goldens import captured, paged, schedules
 from detinfer.goldens.compare import compare
 from detinfer.goldens.result import AxisResult, Divergence
 from detinfer.goldens.runner import Request, Target
@@ -31,12 +31,17 @@ SWEPT = {
 
 @dataclass(frozen=True)
 class Axis:
-    """A way of running a model; ``needs`` gives the reason why a model cannot be run so, or None."""
+    """A way of running a model; ``needs`` gives the reason why a model cannot be run so, or None.
+
+    ``off``: it can be run with the policy off too. ``located``: the operation behind a difference can be looked for.
+    """
 
     name: str
     what: str
     way: Way | None
     needs: Callable[[Model], str | None] = lambda _: None
+    off: bool = True
+    located: bool = True
 
 
 def _masks(model: Model) -> str | None:
@@ -68,6 +73,19 @@ def _cpu(model: Model) -> str | None:
     return None if on_cpu else "the model runs on a GPU: the CPU's threads launch its kernels and compute nothing"
 
 
+def _gpu(model: Model) -> str | None:
+    on_gpu = all(p.device.type == "cuda" for p in model.module.parameters())
+    return None if on_gpu else "the model runs on the CPU"
+
+
+def _graph(model: Model) -> str | None:
+    return _gpu(model) or _transformers(model) or _decodes(model)
+
+
+def _ranked(model: Model) -> str | None:
+    return None if model.ranked else "the model is on one rank: --tp N"
+
+
 def _never(reason: str) -> Callable[[Model], str | None]:
     return lambda _: reason
 
@@ -82,7 +100,11 @@ AXES = (
     Axis("static-cache", "a KV cache of fixed size", schedules.static_cache, _transformers),
     Axis("speculative", "several decoded tokens in one step", schedules.speculative, _decodes),
     Axis("threads", "the number of threads", schedules.threads, _cpu),
-    Axis("compiled", "torch.compile", None, _never("a policy runs compiled functions as they were written")),
+    Axis("paged", "a paged KV cache, requests packed", paged.paged, paged.needs, located=False),
+    Axis("collectives", "paths of sums over ranks", schedules.collectives, _ranked),
+    Axis("compiled", "torch.compile", schedules.compiled, off=False, located=False),
+    Axis("graph", "a CUDA graph against eager", captured.graph, _graph, located=False),
+    Axis("streams", "CUDA streams", captured.streams, _gpu, located=False),
     Axis(
         "tp",
         "the tensor-parallel size",

@@ -20,7 +20,7 @@ def prepare(sweep: Sweep, trials: Sequence[Trial], axes: Sequence[Axis], seed: i
     for _ in sweep.alone():
         pass
     walk = Walk(sweep.target, sweep.requests, sweep.results)
-    able = walk.able([axis.name for axis in axes])
+    able = walk.able([axis.name for axis in axes if axis.off])
     return Tasks(sweep, walk, {axis.name: axis for axis in able}, {trial.number: trial for trial in trials}, seed)
 
 

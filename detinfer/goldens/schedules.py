@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from detinfer import bits
+from detinfer.collectives.calls import PATHS, steered
 from detinfer.goldens.runner import Request, Target
+from detinfer.models.parallel import AllReduce
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,12 @@ class Model:
         return "sliding_attention" in kinds
 
     @property
+    def ranked(self) -> bool:
+        """Whether the model is cut over several ranks: a built-in one, or transformers' by torch.distributed."""
+        built = any(isinstance(part, AllReduce) and part.ranks.size > 1 for part in self.module.modules())
+        return built or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+    @property
     def holes_count(self) -> bool:
         """Whether attention gives a masked key between others a place of its own, as detinfer's order on a GPU does."""
         return self._device.type == "cuda"
@@ -92,7 +101,7 @@ class Model:
 Way = Callable[[Model, random.Random], Iterator[Rows]]
 
 
-def _company(model: Model, rng: random.Random, most: int) -> list[int]:
+def company(model: Model, rng: random.Random, most: int) -> list[int]:
     """Requests, each perhaps several times, whose prompts have one length."""
     first = rng.randrange(len(model.prompts))
     alike = [i for i, length in enumerate(model.prompts) if length == model.prompts[first]]
@@ -101,7 +110,7 @@ def _company(model: Model, rng: random.Random, most: int) -> list[int]:
 
 def permutation(model: Model, rng: random.Random) -> Iterator[Rows]:
     """One batch twice, its rows in another order the second time."""
-    batch = _company(model, rng, 16)
+    batch = company(model, rng, 16)
     turned = batch[::-1] if batch[::-1] != batch else [*batch[1:], batch[0]]
     for order in (batch, turned):
         logits, _ = model([model.tokens[i][: model.prompts[i]] for i in order])
@@ -110,7 +119,7 @@ def permutation(model: Model, rng: random.Random) -> Iterator[Rows]:
 
 def prefill_decode(model: Model, rng: random.Random) -> Iterator[Rows]:
     """What was decoded token by token, now in one prefill with the prompt."""
-    batch = _company(model, rng, 4)
+    batch = company(model, rng, 4)
     logits, _ = model([model.tokens[i] for i in batch])
     length = len(model.tokens[batch[0]])
     yield Rows(f"prefill of {length} tokens", [Part(i, 0, length) for i in batch], logits)
@@ -118,7 +127,7 @@ def prefill_decode(model: Model, rng: random.Random) -> Iterator[Rows]:
 
 def chunks(model: Model, rng: random.Random) -> Iterator[Rows]:
     """The prompt prefilled in pieces, cut at random."""
-    batch = _company(model, rng, 4)
+    batch = company(model, rng, 4)
     length = len(model.tokens[batch[0]])
     cuts = sorted(rng.sample(range(1, length), min(rng.randint(1, 3), length - 1)))
     cache = None
@@ -129,7 +138,7 @@ def chunks(model: Model, rng: random.Random) -> Iterator[Rows]:
 
 def speculative(model: Model, rng: random.Random) -> Iterator[Rows]:
     """Several tokens in one step after a prefill, as when a draft is checked; then wrong ones, taken back."""
-    batch = _company(model, rng, 4)
+    batch = company(model, rng, 4)
     start, end = model.prompts[batch[0]], len(model.tokens[batch[0]])
     logits, cache = model([model.tokens[i][:start] for i in batch])
     step = min(rng.randint(2, 8), end - start)
@@ -166,7 +175,7 @@ def static_cache(model: Model, rng: random.Random) -> Iterator[Rows]:
     """A KV cache of a fixed size, larger than needed, in place of one that grows."""
     from transformers import StaticCache
 
-    batch = _company(model, rng, 4)
+    batch = company(model, rng, 4)
     start, end = model.prompts[batch[0]], len(model.tokens[batch[0]])
     size = end + rng.randint(0, 40)
     cache = StaticCache(config=model.module.config, max_cache_len=size)
@@ -235,6 +244,26 @@ def threads(model: Model, rng: random.Random) -> Iterator[Rows]:
             yield Rows(f"{count} threads", [Part(request, 0, len(model.tokens[request]))], logits)
     finally:
         torch.set_num_threads(before)
+
+
+def collectives(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """Every sum over ranks by each path in turn, whatever its size."""
+    batch = company(model, rng, 4)
+    for path in PATHS["all_reduce"]:
+        with steered(path):
+            logits, _ = model([model.tokens[i] for i in batch])
+        yield Rows(f"sums over ranks by {path}", [Part(i, 0, len(model.tokens[i])) for i in batch], logits)
+
+
+def compiled(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """The model made by torch.compile: under a policy it runs as it was written."""
+    batch = company(model, rng, 4)
+
+    def forward(ids: torch.Tensor) -> Any:
+        return model.module(input_ids=ids, use_cache=True).logits
+
+    logits = torch.compile(forward)(model.ids([model.tokens[i] for i in batch]))
+    yield Rows(f"torch.compile, batch {len(batch)}", [Part(i, 0, len(model.tokens[i])) for i in batch], logits)
 
 
 @bits.unseen

@@ -63,6 +63,11 @@ class AllReduce(nn.Module):
         return f"{self._ranks.size} ranks"
 
     @property
+    def ranks(self) -> Ranks:
+        """The ranks that it adds over."""
+        return self._ranks
+
+    @property
     def layer(self) -> str:
         """The layer whose sum it is."""
         return self._name.removesuffix(".all_reduce")

@@ -111,7 +111,8 @@ class _numbered:
 
 def _of_axis(target: Target, requests: Sequence[Request], name: str, first: Divergence, seed: int) -> Located | None:
     axis = next(axis for axis in AXES if axis.name == name)
-    assert axis.way is not None
+    if axis.way is None or not axis.located:
+        return None
     way, request = axis.way, first.request
     model = Model(target, requests)
     calls: list[tuple[align.Sizes, list[align.Span]]] = []

@@ -1,0 +1,147 @@
+"""A paged KV cache: requests of several lengths through transformers' continuous batching, every row of logits watched.
+
+transformers cuts prompts into pieces, packs the pieces and the decoded tokens of all requests into one row, keeps keys and
+values in pages, and lets requests share the pages of a common prefix. It keeps no account of which row of logits belongs
+to whom, so rows are told apart by their tokens: requests run together only where a position and its token name one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from detinfer.errors import InfrastructureError
+from detinfer.goldens.schedules import Model, Part, Rows
+
+MOST = 6
+"""Requests in one run."""
+
+
+def needs(model: Model) -> str | None:
+    """Why a model cannot be run so, or None."""
+    if not hasattr(model.module, "generate_batch"):
+        return "only transformers' models have continuous batching"
+    if model.slides:
+        return "its sliding windows would be counted in slots of pages"
+    if (attention := str(model.module.config._attn_implementation)) != "sdpa":
+        return f"its attention is {attention}, and a paged cache is read through sdpa"
+    if getattr(model.module.config, "kv_lora_rank", None):
+        return "transformers' pages have one width, and its keys and values have two"
+    if model.holes_count:
+        return "on a GPU attention gives the masked keys of other requests places of their own"
+    return None
+
+
+@dataclass
+class _Seen:
+    """One forward pass of the packed batch: its tokens, their positions, where segments end, and the rows of logits."""
+
+    tokens: list[int]
+    positions: list[int]
+    ends: list[int]
+    indices: list[int]
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def paged(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """Some requests together, in pages of a random size and pieces of a random number of tokens."""
+    from transformers.generation import configuration_utils
+
+    library: Any = configuration_utils  # untyped in transformers
+
+    order = list(range(len(model.tokens)))
+    rng.shuffle(order)
+    batch = apart(model.tokens, model.prompts, order)[:MOST]
+    steps = min(len(model.tokens[i]) - model.prompts[i] for i in batch) + 1
+    page, most = rng.choice((4, 8, 16, 32)), rng.randint(8, 48)
+    pages = sum(-(-(model.prompts[i] + steps) // page) + 1 for i in batch)
+    how = library.ContinuousBatchingConfig(
+        page_size=page,
+        num_blocks=2 * pages + 4,
+        max_batch_tokens=most,
+        max_requests_per_batch=MOST,
+        use_cuda_graph=False,
+        use_async_batching=False,
+        auto_switch_to_flash=False,
+    )
+    greedy = library.GenerationConfig(max_new_tokens=steps, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompts = [model.tokens[i][: model.prompts[i]] for i in batch]
+    with _Watch(model.module) as watch:
+        # warmup: CUDA graphs alone need one.
+        found = model.module.generate_batch(
+            inputs=prompts, generation_config=greedy, continuous_batching_config=how, warmup=False
+        )
+    if len(found) < len(prompts) or any(getattr(one, "error", None) for one in found.values()):
+        said = next((str(one.error) for one in found.values() if getattr(one, "error", None)), "its thread ended")
+        raise InfrastructureError(f"transformers' continuous batching answered {len(found)} of {len(prompts)}: {said}")
+    words = f"{len(batch)} requests, pages of {page}, at most {most} tokens at once"
+    for seen in watch.calls:
+        rows = _rows(seen, model.tokens, batch)
+        if rows:
+            parts = [Part(request, position, position + 1) for _, request, position in rows]
+            yield Rows(words, parts, seen.logits[[row for row, _, _ in rows]][:, None])
+
+
+def apart(tokens: Sequence[Sequence[int]], prompts: Sequence[int], order: Sequence[int]) -> list[int]:
+    """Requests of ``order`` that a decoded token and its position tell apart, or that agree up to there."""
+    kept: list[int] = []
+    for one in order:
+        if all(_told(tokens[one], tokens[other], min(prompts[one], prompts[other])) for other in kept):
+            kept.append(one)
+    return kept
+
+
+def _told(a: Sequence[int], b: Sequence[int], first: int) -> bool:
+    shared = range(first, min(len(a), len(b)))
+    return all(a[p] != b[p] or list(a[: p + 1]) == list(b[: p + 1]) for p in shared)
+
+
+def _rows(seen: _Seen, tokens: Sequence[Sequence[int]], batch: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(row of logits, request, position) of each row whose segment of the packed batch is some request's.
+
+    A segment that is nobody's follows a token that was chosen otherwise: the row that chose it has been compared.
+    """
+    found = []
+    for row, index in enumerate(seen.indices):
+        if index + 1 not in seen.ends:  # a place that this batch does not use
+            continue
+        start = max((end for end in seen.ends if end <= index), default=0)
+        segment, first, last = seen.tokens[start : index + 1], seen.positions[start], seen.positions[index]
+        owner = next((i for i in batch if list(tokens[i][first : last + 1]) == segment), None)
+        if owner is not None:
+            found.append((row, owner, last))
+    return found
+
+
+class _Watch:
+    """Hooks on a model that keep what each forward pass of the packed batch is given and gives."""
+
+    def __init__(self, module: Any) -> None:
+        self.calls: list[_Seen] = []
+        self._module = module
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Watch:
+        self._handles = [
+            self._module.register_forward_pre_hook(self._before, with_kwargs=True),
+            self._module.register_forward_hook(self._after),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, _: Any, __: Any, given: dict[str, Any]) -> None:
+        ends = given["cu_seq_lens_q"].tolist()
+        tokens, positions = given["input_ids"][0].tolist(), given["position_ids"][0].tolist()
+        self.calls.append(_Seen(tokens, positions, ends, given["logits_indices"].tolist()))
+
+    def _after(self, _: Any, __: Any, output: Any) -> None:
+        seen, logits = self.calls[-1], output.logits[0]
+        # A model that cannot leave rows out gives all of them.
+        seen.logits = (logits if len(logits) == len(seen.indices) else logits[seen.indices]).clone()
