@@ -83,6 +83,8 @@ def test_torchrun_gives_the_same_verdict(golden: Path, tmp_path: Path) -> None:
     assert done.stdout.count("invariance") == 1
     result = json.loads(report.read_text())
     assert [result[part]["verdict"] for part in ("invariance", "golden", "consistency")] == ["same"] * 3
+    paths = next(axis for axis in result["invariance"]["axes"] if axis["name"] == "collectives")
+    assert (paths["verdict"], paths["rows_differing"]) == ("same", 0) and paths["comparisons"] == 2 * 3
     probe = next(probe for probe in result["invariance"]["sensitivity"] if probe["operation"] == "detinfer::all_reduce")
     assert probe["seen"] and probe["invariant"]
 

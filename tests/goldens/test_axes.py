@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from detinfer import cli
+from detinfer.collectives import all_reduce, calls
 from detinfer.errors import UsageError
-from detinfer.goldens import axes
+from detinfer.goldens import axes, schedules
 from detinfer.goldens.axes import AXES, Walk
 from detinfer.goldens.result import AxisResult
 from detinfer.goldens.runner import Request, run, run_language_model
@@ -23,7 +25,9 @@ from detinfer.policy import deterministic
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 import tiny
 
-RUN = tuple(axis.name for axis in AXES if axis.way is not None)
+ELSEWHERE = ("paged", "graph", "streams", "collectives")
+"""Axes with tests of their own: test_paged.py, test_captured.py, and below."""
+RUN = tuple(axis.name for axis in AXES if axis.way is not None and axis.name not in ELSEWHERE)
 CASES = 4
 
 
@@ -62,9 +66,9 @@ def walked(target: Any, names: tuple[str, ...], alone: Any = None, seed: int = 0
 def test_a_sound_model_is_the_same_along_every_axis(model: Any) -> None:
     """Every axis that can be run compares rows and finds none that differs; the others say why they were not."""
     found = walked(model, axes.NAMES)
-    assert {name for name, one in found.items() if one.verdict == "same"} == set(RUN)
+    assert {name for name, one in found.items() if one.verdict == "same"} == {*RUN, "paged"}
     assert all(one.rows_compared > 20 and one.rows_differing == 0 for one in found.values() if one.name in RUN)
-    assert all(one.note for one in found.values() if one.name not in RUN)
+    assert all(one.note for one in found.values() if one.name not in (*RUN, "paged"))
 
 
 class Faulty(torch.nn.Module):
@@ -111,12 +115,26 @@ FAULTS: dict[str, Callable[..., bool]] = {
     "static-cache": lambda ids, cache, held, mask: type(cache).__name__ == "StaticCache",
     "speculative": lambda ids, cache, held, mask: held == 9 and ids.shape[1] > 1,
     "threads": lambda ids, cache, held, mask: torch.get_num_threads() == 3,
+    "compiled": lambda ids, cache, held, mask: called_by("compiled"),
+    "collectives": lambda ids, cache, held, mask: calls.steering() == "2stage",
 }
 
 
-@pytest.mark.parametrize("name", RUN)
-def test_an_axis_notices_what_depends_on_it(name: str, model: Any) -> None:
+def called_by(name: str) -> bool:
+    """Whether a function of the schedules is on the stack."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == name and frame.f_globals.get("__name__") == schedules.__name__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@pytest.mark.parametrize("name", [*RUN, "collectives"])
+def test_an_axis_notices_what_depends_on_it(name: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is wrong only when run this way: the axis diverges and says where."""
+    if name == "collectives":
+        monkeypatch.setattr(schedules.Model, "ranked", True)
     faulty = targets.Target(**{**vars(model), "module": Faulty(model.module, FAULTS[name])})
     found = walked(faulty, (name,), alone=model)[name]
     assert (found.verdict, found.rows_differing > 0) == ("diverged", True)
@@ -131,6 +149,34 @@ def test_the_mask_of_a_hole_is_no_key(model: Any) -> None:
     for seed in range(3):
         found = walked(model, ("right-padding",), seed=seed)["right-padding"]
         assert (found.verdict, found.rows_differing) == ("same", 0)
+
+
+@pytest.mark.parametrize("path", ["1stage", "2stage"])
+def test_a_path_that_is_steered_is_taken(path: Any) -> None:
+    """By sums that name none, whatever their size; one that names its own keeps it, and afterwards the size decides."""
+    taken = []
+
+    class Alone:
+        size, _lock = 3, nullcontext()
+
+        def prepare(self, key: Any, fill: Any) -> Any:
+            fill(call := calls.Call())
+            taken.append((call.path, key[-1]))
+            return SimpleNamespace()
+
+        def finish(self, args: Any) -> None:
+            """Nobody else is there."""
+
+    small, large = torch.zeros(5), torch.zeros(1 << 16)
+    ranks: Any = Alone()
+    with calls.steered(path):
+        for x in (small, large):
+            all_reduce.all_reduce(ranks, x, "sum", "rank_order", None, None)
+        all_reduce.all_reduce(ranks, small, "sum", "rank_order", "1stage", None)
+    for x in (small, large):
+        all_reduce.all_reduce(ranks, x, "sum", "rank_order", None, None)
+    number = calls.PATH_NUMBERS[path]
+    assert taken == [(number, path)] * 2 + [(0, "1stage"), (0, None), (1, None)]
 
 
 def test_names_of_axes() -> None:
