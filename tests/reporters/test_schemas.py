@@ -68,9 +68,7 @@ def mutants(held: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     ]
     for key in held:
         found.append((f"no {key}", lambda one, key=key: one.pop(key)))
-        found.append(
-            (f"{key} is an object of nothing known", lambda one, key=key: one.update({key: {"?": {"?": 0}}}))
-        )
+        found.append((f"{key} is an object of nothing known", lambda one, key=key: one.update({key: {"?": {"?": 0}}})))
     mutated = []
     for name, change in found:
         one = copy.deepcopy(held)
@@ -81,7 +79,8 @@ def mutants(held: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def test_results_fit_and_mutants_do_not(golden: Path, tmp_path: Path) -> None:
     """Of every kind; each mutant of the outermost keys is refused."""
-    free = ("environment", "policy", "sweep", "sampling", "faults", "seconds", "unfinished")  # objects of any content
+    # Objects of any content.
+    free = ("environment", "policy", "sweep", "sampling", "faults", "seconds", "unfinished", "system_fingerprint")
     for name, held in results(golden, tmp_path).items():
         validator = jsonschema.Draft202012Validator(
             json.loads((ROOT / f"detinfer/reporters/schemas/{name}.json").read_text())
