@@ -409,11 +409,11 @@ def decode(
         holes = tl.sum(count, 0) != end - origin
         low = origin
     elif SPANS:
-        at = batch * span_b + head * G * span_h + i0 * span_i
-        origin = tl.load(FIRST + at)
-        end = tl.load(END + at)
+        span = batch * span_b + head * G * span_h + i0 * span_i
+        origin = tl.load(FIRST + span)
+        end = tl.load(END + span)
         low = origin
-        holes = tl.load(HOLES + at) > 0
+        holes = tl.load(HOLES + span) > 0
     else:
         origin = tl.zeros((), tl.int32)
         if STARTED:

@@ -141,6 +141,20 @@ def test_a_static_cache_in_a_graph(dtype: torch.dtype) -> None:
             same(got, want, f"{length} keys")
 
 
+def test_a_mask_too_long_for_the_decode_kernel() -> None:
+    """A static cache of more slots than that kernel reads the mask of: what a row sees is found before."""
+    query, key, value = stress((4, 1), 1, 4250, 64, torch.bfloat16)
+    slots = [torch.full((1, 1, 17000, 64), math.nan, dtype=t.dtype, device="cuda") for t in (key, value)]
+    seen = torch.zeros(1, 1, 1, 17000, dtype=torch.bool, device="cuda")
+    for own, t in zip(slots, (key, value), strict=True):
+        own[:, :, 300:4550] = t
+    seen[..., 300:4550] = True
+    want = reference(query, key, value)
+    added = torch.zeros(seen.shape, dtype=torch.bfloat16, device="cuda").masked_fill(~seen, -math.inf)
+    for mask in (seen, added):
+        same(sdpa(query, *slots, mask), want, f"{mask.dtype}")
+
+
 @pytest.mark.parametrize("dtype", FEW)
 def test_masks(dtype: torch.dtype) -> None:
     """Bool and added masks with holes, shared by the heads or not; a row that sees nothing is +0; broadcast rows."""

@@ -38,6 +38,10 @@ PREFILL = {
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "tiles, a mask": (attention_triton.tiles, {**TILES, "SPANS": True, "MASK": 1}),
     "decode, a mask": (attention_triton.decode, {**FEW, "CAUSAL": False, "MASK": 1, "SCAN": True}),
+    "decode, a mask too long to be read there": (
+        attention_triton.decode,
+        {**FEW, "CAUSAL": False, "MASK": 1, "SPANS": True},
+    ),
     "decode, pages, a window, sinks": (
         attention_triton.decode,
         {**FEW, "PAGE": 16, "COUNTED": True, "WINDOW": True, "SINK": True},
