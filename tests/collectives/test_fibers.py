@@ -93,7 +93,7 @@ def test_ones_bits(ranks: Ranks, dtype: DType) -> None:
     for op in ("sum", "max"):
         expected = reference.all_reduce(parts, dtype, op)
         for path in PATHS:
-            for _ in range(5):  # every bank of push
+            for _ in range(5 if path == "push" else 1):  # every bank of push
                 found = _sums(ranks, [tensor_of(part, dtype) for part in parts], path, op=op)
                 assert [same(each, expected) for each in found] == [True] * ranks.size, (op, path)
     assert not np.isnan(load(expected, dtype)).all() and np.isnan(load(expected, dtype)).sum() >= 8 * ranks.size
