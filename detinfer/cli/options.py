@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -12,6 +14,22 @@ import torch
 from detinfer.errors import UnsupportedDtype
 from detinfer.policy import Policy
 from detinfer.policy.configured import configured
+
+
+class GoldenPath(click.ParamType):  # type: ignore[type-arg]
+    """A golden's folder: a path, or the URL of a remote one, which is copied into the user's cache."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if isinstance(value, Path):
+            return value
+        from detinfer.goldens import remote
+
+        return remote.cached(value) if remote.is_remote(value) else Path(value)
+
+
+golden_path = GoldenPath()
 
 DTYPES = {
     "float32": torch.float32,

@@ -13,7 +13,15 @@ from detinfer.cli import options, ranks, vectors
 
 @click.command()
 @click.argument("target")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the golden to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the golden to write.")
+@click.option("--name", metavar="NAME", help="In place of it: goldens/NAME/ENVIRONMENT; a changed golden waits beside.")
+@click.option(
+    "--goldens",
+    type=click.Path(path_type=Path),
+    default="goldens",
+    show_default=True,
+    help="Where --name has its folder.",
+)
 @click.option(
     "--tensors",
     type=click.Choice(["full", "slice", "none"]),
@@ -48,7 +56,9 @@ from detinfer.cli import options, ranks, vectors
 def record(
     context: click.Context,
     target: str,
-    output: Path,
+    output: Path | None,
+    name: str | None,
+    goldens: Path,
     tensors: str,
     layers: str | None,
     prompts: Path | None,
@@ -79,7 +89,11 @@ def record(
       package.module:factory  a function that returns (module, requests)
       vectors:OPERATION       no model: an operation's inputs and outputs, from the reference
     """
+    if (output is None) == (name is None):
+        raise click.UsageError("give --output, the golden's folder, or --name", context)
     if target.startswith(vectors.PREFIX):
+        if output is None:
+            raise click.UsageError("vectors belong to no environment: give --output", context)
         vectors.record(target, output, reason, force)
         return
     from detinfer.models import targets
@@ -98,17 +112,23 @@ def record(
         requests, inputs = prepare(
             loaded, prompts, count=n_prompts, length=length, decode_steps=decode_steps, seed=seed
         )
+        place, over = output, force
+        if name is not None:
+            from detinfer.cli import pending as waiting
+
+            place, over = waiting.destination(goldens, name, loaded, force)
+        assert place is not None
         written = record_golden(
             loaded,
             requests,
-            output,
+            place,
             policy=policy,
             inputs=inputs,
             layers=layers,
             tensors=cast(Any, tensors),
-            command=options.command_line(("-o", "--output"), flags=("--force",)),
+            command=options.command_line(("-o", "--output", "--name", "--goldens"), flags=("--force",)),
             reason=reason,
-            overwrite=force,
+            overwrite=over,
             progress=lambda part: status.update(f"recording: {part}"),
             ranks=everyone,
             shard_bytes=None if shard_mb is None else shard_mb * 1_000_000,
@@ -123,3 +143,5 @@ def record(
         out.print(f"  {written.skipped} units cannot be replayed; the manifest says why")
     spread = f", on {size} ranks" if size > 1 else ""
     out.print(f"  {len(requests)} requests, each alone, three times{spread}: same bytes every time")
+    if name is not None:
+        context.exit(waiting.settled(written.path, out))

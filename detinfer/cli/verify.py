@@ -26,7 +26,7 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
 
 
 @click.command()
-@click.argument("golden", type=click.Path(path_type=Path), required=False)
+@click.argument("golden", type=options.golden_path, required=False)
 @click.option("--n-trials", default=50, show_default=True, help="Batches to form and replay.")
 @click.option("--seed", default=0, show_default=True, help="Seed of batch sizes and positions.")
 @options.layers_option
@@ -54,6 +54,7 @@ def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
     metavar="FILE",
     help="Go on with an interrupted run, from the file that it left.",
 )
+@click.option("--pending", "keep", is_flag=True, help="Record a golden that changed again, beside it, to be accepted.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON.")
 @click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a page for people.")
 @click.option("--junit-xml", "junit_file", type=click.Path(dir_okay=False, path_type=Path), help="Write JUnit XML.")
@@ -77,6 +78,7 @@ def verify(
     reductions: Reductions | None,
     jobs: int | None,
     resume_file: Path | None,
+    keep: bool,
     json_file: Path | None,
     html_file: Path | None,
     junit_file: Path | None,
@@ -92,6 +94,10 @@ def verify(
 
     if golden is None and resume_file is None:
         raise click.UsageError("Missing argument 'GOLDEN'.", context)
+    if golden is not None:
+        from detinfer.goldens import pending
+
+        golden = pending.resolve(golden)
     if resume_file is None and golden is not None and is_vectors(golden):
         context.exit(vectors.verify(golden, tp, json_file))
     from detinfer import fingerprint
@@ -152,6 +158,10 @@ def verify(
             if json_file is not None:
                 json_reporter.write(result, json_file)
             text.show(result, Console(highlight=False))
+            if keep:
+                from detinfer.cli import pending as waiting
+
+                waiting.keep(held, result, console)
             if html_file is not None:
                 from detinfer.reporters import html
 

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ _LEFT = re.compile(r"\..+\.partial-\d+(-\d+)?")
 @dataclass(frozen=True)
 class Entry:
     """One golden. ``environment`` is a digest of the fields that make one stale; ``here`` says whether they are this
-    machine's (of vectors always: they belong to no environment). ``problem`` is why a manifest cannot be read."""
+    machine's (of vectors always: they belong to no environment). ``problem`` is why a manifest cannot be read,
+    ``pending`` whether it waits to be accepted (``pending``)."""
 
     path: Path
     of: str
@@ -34,6 +35,7 @@ class Entry:
     bytes: int
     reason: str
     problem: str = ""
+    pending: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -50,7 +52,8 @@ def entries(folder: Path) -> list[Entry]:
     """Every golden in ``folder`` and below, by path. UsageError when there is no such folder."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give the one that holds the goldens")
-    return [_entry(path.parent) for path in sorted(folder.rglob(NAME)) if not _LEFT.fullmatch(path.parent.name)]
+    found = [_entry(path.parent) for path in sorted(folder.rglob(NAME)) if not _LEFT.fullmatch(path.parent.name)]
+    return [replace(entry, pending=entry.path.name.endswith(".pending")) for entry in found]
 
 
 def _entry(path: Path) -> Entry:
@@ -80,13 +83,16 @@ def _entry(path: Path) -> Entry:
     )
 
 
-def _differences(then: environment.Environment) -> tuple[tuple[str, str, str], ...]:
-    device = "cuda" if then.gpu else "cpu"
+def capture_like(then: environment.Environment) -> environment.Environment:
+    """This machine, with the libraries and the kind of device that a recording had."""
     try:
-        now = environment.capture(native.isa(), tuple(then.libraries), device)
+        return environment.capture(native.isa(), tuple(then.libraries), "cuda" if then.gpu else "cpu")
     except (RuntimeError, AssertionError):  # recorded on a GPU, and there is none here
-        now = environment.capture(native.isa(), tuple(then.libraries))
-    return environment.differences(then, now)
+        return environment.capture(native.isa(), tuple(then.libraries))
+
+
+def _differences(then: environment.Environment) -> tuple[tuple[str, str, str], ...]:
+    return environment.differences(then, capture_like(then))
 
 
 def described(path: Path) -> Iterator[tuple[str, str]]:
