@@ -51,7 +51,9 @@ def keep(held: Opened, result: Result, console: Console) -> None:
     if result.golden.verdict not in ("diverged", "stale"):
         return
     if result.invariance.verdict == "diverged":
-        console.print("no golden is recorded: rows differ from the same rows alone; a golden would hide that", soft_wrap=True)
+        console.print(
+            "no golden is recorded: rows differ from the same rows alone; a golden would hide that", soft_wrap=True
+        )
         return
     if held.ranks.size > 1:
         raise UsageError("--pending: not on several ranks; record it again with --tp")
