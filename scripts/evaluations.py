@@ -18,12 +18,23 @@ import time
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+TESTS = "tests/integrations"
+PAGE = f"{TESTS}/test_pipeline.py"
 LIBRARIES = {
-    "lm_eval": (("lm-eval>=0.4.13",), "tests/integrations/test_lm_eval.py"),
-    "inspect_ai": (("inspect-ai>=0.3.285",), "tests/integrations/test_inspect_ai.py"),
-    "lighteval": (("lighteval>=0.13", "datasets<5", "xxhash<4"), "tests/integrations/test_lighteval.py"),
-    "serving": (("transformers[serving]>=5.0",), "tests/integrations/test_transformers_serve.py"),
-    "pre_commit": (("pre-commit>=4",), "tests/integrations/test_pipeline.py"),
+    "lm_eval": (("lm-eval>=0.4.13",), (f"{TESTS}/test_lm_eval.py", f"{PAGE}::test_an_evaluation_of_the_page")),
+    "inspect_ai": (
+        ("inspect-ai>=0.3.285",),
+        (f"{TESTS}/test_inspect_ai.py", f"{PAGE}::test_an_evaluation_of_the_page"),
+    ),
+    "lighteval": (
+        ("lighteval>=0.13", "datasets<5", "xxhash<4"),
+        (f"{TESTS}/test_lighteval.py", f"{PAGE}::test_an_evaluation_of_the_page"),
+    ),
+    "serving": (
+        ("transformers[serving]>=5.0",),
+        (f"{TESTS}/test_transformers_serve.py", f"{PAGE}::test_the_server_of_the_page"),
+    ),
+    "pre_commit": (("pre-commit>=4", "check-jsonschema>=0.30"), (PAGE,)),
 }
 """What pip is asked for, and the tests. The same versions as the extras in pyproject.toml."""
 KEPT = ("torch", "triton", "nvidia-", "cuda-", "numpy", "transformers", "tokenizers", "huggingface")
@@ -58,7 +69,13 @@ def test(name: str, place: Path) -> int:
     """Run a library's tests; pytest's exit code."""
     path = os.pathsep.join(filter(None, (str(CHECKOUT), str(place), os.environ.get("PYTHONPATH"))))
     reports = CHECKOUT / "build/reports"
-    command = [sys.executable, "-m", "pytest", f"--junit-xml={reports / f'evaluations-{name}.xml'}", LIBRARIES[name][1]]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        f"--junit-xml={reports / f'evaluations-{name}.xml'}",
+        *LIBRARIES[name][1],
+    ]
     return subprocess.run(command, cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 

@@ -57,8 +57,13 @@ def test_every_field_of_the_environment(name: str) -> None:
         changes: list[Any] = [{}, {**value, "another": "1"}, dict.fromkeys(value, "changed")]
     else:
         changes = [(*value, "sse4_1"), value[:1]] if isinstance(value, tuple) else [value + "x"]
-    found = [made(here=replace(HERE, **{name: change})) for change in changes]
-    assert [one == made() for one in found] == [name in UNFELT] * len(changes)
+    before = fingerprint.of(Policy(), HERE, DECISIONS)
+    for change in changes:
+        after = fingerprint.of(Policy(), replace(HERE, **{name: change}), DECISIONS)
+        named = {
+            one.removeprefix("environment.").partition(".")[0] for one, _, _ in fingerprint.differences(before, after)
+        }
+        assert (str(after) == str(before), named) == (name in UNFELT, set() if name in UNFELT else {name})
 
 
 def test_the_fields_are_those_that_make_a_golden_stale() -> None:
@@ -78,8 +83,26 @@ def test_the_fields_are_those_that_make_a_golden_stale() -> None:
     ids=str,
 )
 def test_every_field_of_the_policy(policy: Policy) -> None:
-    """Scope, place, allow, uncovered, reductions."""
+    """Scope, place, allow, uncovered, reductions; what differs is named."""
     assert made(policy) != made()
+    changed = {name for name, value in policy.to_json().items() if value != Policy().to_json().get(name)}
+    a, b = (fingerprint.of(one, HERE, DECISIONS) for one in (Policy(), policy))
+    assert {name.split(".")[1] for name, _, _ in fingerprint.differences(a, b)} == changed and len(changed) == 1
+
+
+def test_the_groups_of_scope_tp() -> None:
+    """A field that other scopes do not have."""
+    a, b = (fingerprint.of(Policy(Guarantee("tp"), groups=groups), HERE, DECISIONS) for groups in (2, 4))
+    assert str(a) != str(b)
+    assert fingerprint.differences(a, b) == [("policy.groups", "2", "4")]
+
+
+def test_no_field_of_the_policy_is_left_out() -> None:
+    """A field that is new to Policy, Guarantee, Accepted or Proof is one that is tried above."""
+    assert {one.name for one in fields(Policy)} == {"guarantee", "allow", "uncovered", "reductions", "groups"}
+    assert {one.name for one in fields(Guarantee)} == {"scope", "place"}
+    assert {one.name for one in fields(Accepted)} == {"op", "path", "reason", "proof", "portable"}
+    assert {one.name for one in fields(Proof)} == {"subject", "against", "cases", "digest"}
 
 
 @pytest.mark.parametrize(
@@ -97,8 +120,11 @@ def test_every_field_of_the_policy(policy: Policy) -> None:
     ids=str,
 )
 def test_every_field_of_a_decision(decision: Decision) -> None:
-    """Operation, path, reason, proof and portability; the order in which decisions are listed is none of it."""
+    """Operation, path, reason, proof and portability, each named; the order in which decisions are listed is none of it."""
     assert made(decisions=[decision, DECISIONS[1]]) != made()
+    a, b = fingerprint.of(Policy(), HERE, DECISIONS), fingerprint.of(Policy(), HERE, [decision, DECISIONS[1]])
+    named = [name for name, _, _ in fingerprint.differences(a, b)]
+    assert named and all(name.startswith(("decision aten::mm", f"decision {decision.op}")) for name in named)
     assert made(decisions=DECISIONS[::-1]) == made()
 
 

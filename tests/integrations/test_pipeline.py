@@ -11,8 +11,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +33,6 @@ ELSEWHERE = {
     "lm_eval": "lm_eval",
     "inspect": "inspect_ai",
     "lighteval": "lighteval",
-    "transformers": "uvicorn",
-    "nox": "nox",
 }
 """Commands of the page that need a package which may be missing; the evaluations have tests of their own."""
 
@@ -131,14 +132,10 @@ def test_every_command_of_the_page(place: Place) -> None:
     assert done == ["record", "verify", "golden", "-m", "fingerprint", "verify", "fingerprint"]
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if " -- " in line and "localhost" not in line])
+@pytest.mark.parametrize("line", [line for line in commands() if "detinfer eval" in line])
 def test_an_evaluation_of_the_page(line: str, place: Place) -> None:
     """Where its library is: the very line, on a small model and a task of the library's own kind."""
     program = line.partition(" -- ")[2].split()[0]
-    if program == "transformers":
-        pytest.skip("a server does not end: test_transformers_serve starts it and asks it")
-    if program == "lighteval":
-        pytest.skip("lighteval's own task files need the network: test_lighteval leaves them out")
     if importlib.util.find_spec(ELSEWHERE[program]) is None:
         pytest.skip(f"{ELSEWHERE[program]} is not installed here")
     offline.write_model(place.folder / "model")
@@ -146,9 +143,52 @@ def test_an_evaluation_of_the_page(line: str, place: Place) -> None:
     if program == "inspect":
         text = importlib.import_module("test_inspect_ai").TASK.format(documents=str(documents))
         (place.folder / "task.py").write_text(text)
-    found = place.run(line, HF_DATASETS_CACHE=str(place.folder / "cache"))
+    elif program == "lighteval":
+        (place.folder / "data").mkdir()
+        (place.folder / "data/test.jsonl").write_bytes(documents.read_bytes())
+        (place.folder / "tasks.py").write_text(importlib.import_module("test_lighteval").TASKS.format(data="data"))
+        (place.folder / "sitecustomize.py").write_text(OFFLINE)
+    found = place.run(line, HF_HOME=str(place.folder / "hub"))
     assert found.returncode == 0, f"{found.stdout}\n{found.stderr}"
     assert " same " in found.stderr
+
+
+OFFLINE = """
+import sys
+
+if "lighteval" in sys.orig_argv:  # one of its own task files downloads data while it is imported
+    from lighteval.tasks.registry import Registry
+
+    Registry._load_from_files = staticmethod(lambda files, module: {})
+    Registry._load_from_subdirs = staticmethod(lambda folders: {})
+"""
+
+
+def test_the_server_of_the_page(place: Place) -> None:
+    """Where transformers can serve: its two lines, on a port that is free, and the server's fingerprint in the reports."""
+    for module in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(module, reason="pip install 'transformers[serving]'", exc_type=ImportError)
+    offline.write_model(place.folder / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    serve, ask = (line.replace("8000", port) for line in commands() if "8000" in line)
+    with (place.folder / "serve.log").open("w") as log:
+        server = subprocess.Popen(
+            shlex.split(serve), cwd=place.folder, env=place.variables, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while place.run(f"curl -sf http://localhost:{port}/health").returncode:
+            assert server.poll() is None and time.monotonic() < deadline, (place.folder / "serve.log").read_text()
+            time.sleep(0.5)
+        found = place.run(f"{ask} --batch-sizes 1,2,5 --max-new-tokens 8")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+    assert found.returncode == 0, f"{found.stdout}\n{found.stderr}"
+    assert "di1-batch-" in (place.folder / "server.xml").read_text()
+    assert "di1-batch-" in (place.folder / "server.html").read_text()
 
 
 def given(place: Place, recorded: Path) -> Path:
