@@ -110,6 +110,45 @@ def tiles(
     return program
 
 
+def lead(tiles: int, sums: bool, stuck: int) -> int:
+    """How many tiles a block's other warps can have stored beyond ``stuck``, after which one of its warps stands still.
+
+    Two ranks, whose warps otherwise run as far as they can; ``sums``: two_shot, with parts and sums in one sequence.
+    """
+    order = []  # what a warp does: ("store", n) stores the n-th tile, ("see", n) waits for the peer's n-th
+    stored = seen = 0
+    for k in range(tiles + (4 if sums else 2)):
+        if k < tiles:
+            order.append(("store", stored))
+            stored += 1
+        if 2 <= k < tiles + 2:
+            order.append(("see", seen))
+            seen += 1
+            if sums:
+                order.append(("store", stored))
+                stored += 1
+        if sums and k >= 4:
+            order.append(("see", seen))
+            seen += 1
+    at = {"slow": 0, "quick": 0, "peer": 0}
+
+    def done(warp: str) -> int:
+        return sum(what == "store" for what, _ in order[: at[warp]])
+
+    def may(warp: str) -> bool:
+        if at[warp] == len(order):
+            return False
+        what, n = order[at[warp]]
+        if what == "store":
+            return warp != "slow" or n < stuck
+        # A tile is told once every warp of its rank has stored it.
+        return n < (min(done("slow"), done("quick")) if warp == "peer" else done("peer"))
+
+    while going := [warp for warp in at if may(warp)]:
+        at[going[0]] += 1
+    return done("quick") - done("slow")
+
+
 @dataclass(frozen=True)
 class State:
     """Where each rank is, what its memory holds, what it held at its last full acquire, what is on its way."""

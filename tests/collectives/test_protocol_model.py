@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
-from protocol_model import blanks, fault, packets, tiles
+from protocol_model import blanks, fault, lead, packets, tiles
 
 
 @pytest.mark.parametrize(("ranks", "calls"), [(2, 5), (3, 2)])
@@ -52,6 +55,15 @@ def test_fewer_slots_fail() -> None:
     found = fault([tiles(rank, 2, 10, slots=4) for rank in range(2)])
     assert found is not None
     assert "reads" in found
+
+
+@pytest.mark.parametrize(("sums", "most"), [(False, 6), (True, 10)], ids=["push_tiles", "two_shot"])
+def test_quick_warps(sums: bool, most: int) -> None:
+    """No warp is so far ahead of another that the counts of stored tiles, which are used in turn, could be mixed up."""
+    header = (Path(__file__).parents[2] / "csrc/gpu/tiles.h").read_text()
+    counts = re.search(r"kCounts = (\d+);", header)
+    assert counts is not None
+    assert max(lead(30, sums, stuck) for stuck in range(40)) == most < int(counts[1])
 
 
 def test_tiles_of_three_ranks() -> None:
