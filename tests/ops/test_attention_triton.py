@@ -1,10 +1,12 @@
 """Attention's Triton kernels compile for AMD's matrix units and NVIDIA's, and lay out the keys of a product in one way.
 
-Compiled only: nothing here runs on a GPU, and none of the kernels has ever run on AMD's.
+Compiled, or run by Triton's interpreter: nothing here runs on a GPU, and none of the kernels has ever run on AMD's.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -132,6 +134,21 @@ def test_a_lost_write_is_found() -> None:
     assert unwritten(lost) == [("0x50 UIADD3 UR30, UP0, UR30, 0x20, URZ", 30)]
     assert not unwritten(lost.replace("UMOV UR12, UR4", "UMOV UR30, UR4"))
     assert [n for _, n in unwritten(lost.replace("R32, R40, gdesc[UR28]", "R32, gdesc[UR28]"))] == [30, 28, 29]
+
+
+@pytest.mark.skipif(triton.__version__ < "3.7", reason="the interpreter of Triton 3.6 does not take these kernels")
+def test_interpreted_on_the_cpu() -> None:
+    """Decode, tiles and prefill on splits, masks short and long, windows, sinks, padding and pages, near fp64."""
+    program = Path(__file__).parent / "attention_interpreted.py"
+    here = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1")
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", program], env=here, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert len(found) == 32
+    wrong = {name: error for name, error in found.items() if (error < 1e-6) is name.endswith("rows turned")}
+    assert not wrong, "far from fp64, or a wrong head would be as near"
 
 
 def test_a_byte_that_weights_depend_on_would_permute_keys(monkeypatch: pytest.MonkeyPatch) -> None:
