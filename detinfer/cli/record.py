@@ -86,6 +86,7 @@ def record(
       builtin:dense, builtin:moe  small decoders of detinfer's own
       random:NAME             a transformers model of a real size, weights drawn on the device: qwen3-8b, qwen3-moe, smollm2
       hf:PATH_OR_ID           a transformers causal language model
+      minilm, encoder:PATH_OR_ID  a sentence encoder: all-MiniLM-L6-v2 from its package, or another
       package.module:factory  a function that returns (module, requests)
       vectors:OPERATION       no model: an operation's inputs and outputs, from the reference
     """

@@ -7,7 +7,7 @@ way (``schedules``) and compare every row of logits with the same request run al
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from detinfer import bits
 from detinfer.errors import RefusedError, UsageError
-from detinfer.goldens import captured, paged, schedules
+from detinfer.goldens import captured, encoders, paged, schedules
 from detinfer.goldens.compare import compare
 from detinfer.goldens.result import AxisResult, Divergence
 from detinfer.goldens.runner import Request, Target
@@ -68,9 +68,12 @@ def _transformers(model: Model) -> str | None:
     return None if found else "only transformers' models take another KV cache"
 
 
+_ON_GPU = "the model runs on a GPU: the CPU's threads launch its kernels and compute nothing"
+
+
 def _cpu(model: Model) -> str | None:
     on_cpu = all(p.device.type == "cpu" for p in model.module.parameters())
-    return None if on_cpu else "the model runs on a GPU: the CPU's threads launch its kernels and compute nothing"
+    return None if on_cpu else _ON_GPU
 
 
 def _gpu(model: Model) -> str | None:
@@ -141,8 +144,12 @@ class Walk:
 
     def __post_init__(self) -> None:
         self.model = Model(self.target, self.requests) if self.target.kind == "causal_lm" else None
+        self.encoder = encoders.encoder(self.target, self.requests)
         # With layers picked the whole model is left out, and there is nothing to hold an axis against.
-        self._expected = schedules.expected(self.alone, self.requests) if self.model and self.alone else []
+        self._expected: list[torch.Tensor] = []
+        if self.alone and (self.model or self.encoder):
+            of = schedules if self.model else encoders
+            self._expected = of.expected(self.alone, self.requests)
 
     def able(self, names: Sequence[str]) -> list[Axis]:
         """The axes among ``names`` that this model can be run along; the others' reasons go into ``results``."""
@@ -150,7 +157,7 @@ class Walk:
         for axis in AXES:
             if axis.name not in names:
                 continue
-            reason = "only a language model has it" if self.model is None else axis.needs(self.model)
+            reason = self._reason(axis)
             if reason is None and axis.name == "right-padding" and self.model is not None and self.model.slides:
                 note = "prefill alone: a sliding window is counted in slots, and the hole has some"
             else:
@@ -160,6 +167,15 @@ class Walk:
                 found.append(axis)
         return found
 
+    def _reason(self, axis: Axis) -> str | None:
+        if self.model is not None:
+            return axis.needs(self.model)
+        if self.encoder is None:
+            return "only a language model has it"
+        if axis.name == "threads" and self.encoder.device.type != "cpu":
+            return _ON_GPU
+        return None if axis.name in encoders.WAYS else "an encoder has none"
+
     def case(self, axis: Axis, number: int, seed: int) -> bool:
         """Run case ``number`` of an axis and add it to ``results``; whether a row differs."""
         part = self.part(axis, number, seed)
@@ -168,14 +184,19 @@ class Walk:
 
     def part(self, axis: Axis, number: int, seed: int) -> AxisResult:
         """What case ``number`` of an axis finds, on its own. A refused operation makes it ``not_run``, with the reason."""
-        assert self.model is not None and axis.way is not None
-        found = AxisResult(axis.name, axis.what, "same")
+        found, rng = AxisResult(axis.name, axis.what, "same"), random.Random(f"{seed}/{axis.name}/{number}")
         try:
-            for rows in axis.way(self.model, random.Random(f"{seed}/{axis.name}/{number}")):
+            for rows in self._way(axis, rng):
                 self._judge(axis, number, rows, found)
         except RefusedError as error:
             found.verdict, found.note = "not_run", str(error)
         return found
+
+    def _way(self, axis: Axis, rng: random.Random) -> Iterator[Rows]:
+        if self.encoder is not None:
+            return encoders.WAYS[axis.name](self.encoder, rng)
+        assert self.model is not None and axis.way is not None
+        return axis.way(self.model, rng)
 
     def add(self, part: AxisResult) -> None:
         """Count a case in. Cases added in the order of their numbers give the same result wherever they were run."""
@@ -203,7 +224,7 @@ class Walk:
             return
         row = compared.first.row[0] if compared.first.row else 0
         request, position = rows.places[row]
-        step = max(0, position - len(self.requests[request].tokens) + 1)
+        step = 0 if self.encoder else max(0, position - len(self.requests[request].tokens) + 1)
         found.first = Divergence(
             unit="the whole model",
             kind="model",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from detinfer.errors import InfrastructureError
+from detinfer.errors import InfrastructureError, RefusedError
 from detinfer.goldens.schedules import Model, Part, Rows
 
 MOST = 6
@@ -77,6 +77,8 @@ def paged(model: Model, rng: random.Random) -> Iterator[Rows]:
         )
     if len(found) < len(prompts) or any(getattr(one, "error", None) for one in found.values()):
         said = next((str(one.error) for one in found.values() if getattr(one, "error", None)), "its thread ended")
+        if "is refused" in said:
+            raise RefusedError(said)
         raise InfrastructureError(f"transformers' continuous batching answered {len(found)} of {len(prompts)}: {said}")
     words = f"{len(batch)} requests, pages of {page}, at most {most} tokens at once"
     for seen in watch.calls:

@@ -104,6 +104,9 @@ def record(
             [write(WHOLE, first.results[index, step]) for step in range(request.steps)]
             for index, request in enumerate(requests)
         ]
+        for request in requests:  # a mask may be no layer's argument
+            if request.arguments is not None:
+                tree.map_tensors(request.arguments, lambda _, tensor: writer.add(tensor, tensors == "full"))
         tokens = [list(row) for row in first.tokens]
         manifest = Manifest(
             detinfer=detinfer.__version__,

