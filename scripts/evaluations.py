@@ -34,7 +34,7 @@ LIBRARIES = {
         ("transformers[serving]>=5.0",),
         (f"{TESTS}/test_transformers_serve.py", f"{PAGE}::test_the_server_of_the_page"),
     ),
-    "pre_commit": (("pre-commit>=4", "check-jsonschema>=0.30"), (PAGE,)),
+    "pre_commit": (("pre-commit>=4", "check-jsonschema>=0.30"), (PAGE, f"{TESTS}/test_workflow.py")),
 }
 """What pip is asked for, and the tests. The same versions as the extras in pyproject.toml."""
 KEPT = ("torch", "triton", "nvidia-", "cuda-", "numpy", "transformers", "tokenizers", "huggingface")
