@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from detinfer.errors import DetinferError, Diverged, UsageError
+from detinfer.errors import DetinferError, Diverged, TargetError, UsageError
 from detinfer.integrations import enforced
 from detinfer.integrations.composition import Batches
 from detinfer.integrations.enforced import Account, Subject, Terms
@@ -233,24 +233,36 @@ async def end_of_run(found: list[Any], unwatched: bool) -> None:
     logs.extend(found)
     write: Any = importlib.import_module("inspect_ai.log").write_eval_log_async
     error: Any = importlib.import_module("inspect_ai.log").EvalError
-    diverged: DetinferError | None = None
+    worst: DetinferError | None = None
     for model in models:
-        problem: DetinferError | None = None
-        account = model.account
+        account, problem = model.account, None
+        if account is None:
+            continue
         try:
             await model.finish()
-        except Diverged as raised:
-            diverged = problem = raised
+        except Exception as raised:
+            worst = problem = _told(raised)
+            if not isinstance(problem, Diverged):
+                failures.append(problem)
         for log in found:
-            if account is None or log.eval.model != model.qualified_model_name:  # type: ignore[attr-defined]
+            if log.eval.model != model.qualified_model_name:  # type: ignore[attr-defined]
                 continue
             log.eval.metadata = {**(log.eval.metadata or {}), "detinfer": account.to_json()}
             if problem is not None:
                 log.status, log.error = "error", error(message=str(problem), traceback="", traceback_ansi="")
             await write(log, log.location, header_only=True)
-    if diverged is not None and unwatched:
-        print(f"detinfer: {diverged}", file=sys.stderr)
-        raise SystemExit(diverged.exit_code)
+    if worst is not None and unwatched:
+        print(f"detinfer: {worst}", file=sys.stderr)
+        raise SystemExit(worst.exit_code)
+
+
+def _told(raised: BaseException) -> DetinferError:
+    """What went wrong in a replay, out of the groups that tasks put it into."""
+    while (inside := getattr(raised, "exceptions", None)) is not None:
+        raised = inside[0]
+    if isinstance(raised, DetinferError):
+        return raised
+    return TargetError(f"requests could not be asked again: {type(raised).__name__}: {raised}")
 
 
 @functools.cache

@@ -87,6 +87,19 @@ def register_faults(folder: Path) -> None:
             super().__init__(*args, **options)
             self.model.register_forward_hook(lambda module, inputs, output: output.logits.cumsum(-1) and None)
 
+    class UncoveredAlone(HuggingFaceAPI):  # type: ignore[misc]
+        """The same, in batches that only a replay makes."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.model.register_forward_hook(self._sum)
+
+        def _sum(self, module: Any, inputs: Any, output: Any) -> None:
+            if len(output.logits) < 3:
+                output.logits.cumsum(-1)
+
+    modelapi(name="uncovered-alone")(UncoveredAlone)
+
     class Remote(ModelAPI):  # type: ignore[misc]
         """Answers without a module that could be watched."""
 
@@ -207,6 +220,7 @@ def test_a_fault_of_a_later_run(start: Start) -> None:
         ((), "remote", "", (), 5, "cannot be seen from this process"),
         ((), "remote", "", ("--unobserved", "accept"), 0, "the policy was not in force"),
         ((), "uncovered", "false", (), 2, "aten::cumsum on float32 is refused"),
+        ((), "uncovered-alone", "false", (), 2, "aten::cumsum on float32 is refused"),
         (("--model-role", "a"), "no-such-provider", "false", (), 2, "inspect"),
     ],
 )
