@@ -86,6 +86,8 @@ def _graph(model: Model) -> str | None:
 
 
 def _ranked(model: Model) -> str | None:
+    if _gpu(model) is None:
+        return "between GPUs the tests of collectives compare the paths, each on every size"
     return None if model.ranked else "the model is on one rank: --tp N"
 
 

@@ -50,7 +50,7 @@ def load(name: str, dtype: torch.dtype, seed: int, device: torch.device) -> Load
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its buffers are computed
     _draw(model, seed, device)
     text = f"random {kind} {sizes} seed {seed} torch {torch.__version__} on {device.type}\n"
-    return Loaded("causal_lm", model, digest=checksum(model, text))
+    return Loaded("causal_lm", model, digest=checksum(model, text), placed=True)
 
 
 def _draw(model: Any, seed: int, device: torch.device) -> None:

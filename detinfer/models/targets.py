@@ -22,7 +22,7 @@ from torch import nn
 
 from detinfer import bits, native
 from detinfer.collectives.communicator import MOST_RANKS
-from detinfer.errors import TargetError, UnsupportedDtype
+from detinfer.errors import RefusedError, TargetError, UnsupportedDtype
 from detinfer.models.ranks import ALONE, Pretended, Ranks, joined
 from detinfer.policy.policy import Policy, Reductions
 
@@ -92,16 +92,17 @@ def load(
     for smollm2). ``seed`` goes to a factory. Raises TargetError when it cannot be loaded, UnsupportedDtype for a
     dtype without canonical orders.
 
-    With ``ranks`` this process loads its share of the model, and all ranks load theirs at the same time, on CPU.
+    With ``ranks`` this process loads its share of the model, and all ranks load theirs at the same time: on CPU, or a
+    transformers model on a GPU each.
     ``reductions`` says how a mixture of experts of the built-in models is added over ranks; no other target takes it.
     A ``policy`` of scope ``tp`` gives a transformers model row-parallel layers that keep it (``row_parallel``).
     """
     check_ranks(spec, ranks.size)
     if reductions != "merged" and not spec.startswith("builtin:"):
         raise TargetError(f"target {spec}: its reductions are its own; {reductions} ones are those of builtin:moe")
-    where = checked(device)
-    if ranks.size > 1 and where.type != "cpu":
-        raise TargetError(f"target {spec} on {where}: in this version a model over several ranks runs on CPU")
+    where = of_rank(spec, checked(device), ranks)
+    if policy is not None and policy.guarantee.scope == "tp" and ranks.size > 1 and where.type != "cpu":
+        raise RefusedError(f"target {spec} on {where}: scope tp over several ranks is kept on CPU in this version")
     if spec.startswith("random:"):
         from detinfer.models import random_weights
 
@@ -111,7 +112,7 @@ def load(
         name = spec.removeprefix("random:")
         target = finish(spec, random_weights.load(name, dtype or torch.bfloat16, seed, where))
     else:
-        target = _load(spec, dtype, seed, ranks, reductions).to(where)
+        target = _load(spec, dtype, seed, ranks, reductions, where).to(where)
     if policy is not None and policy.guarantee.scope == "tp":
         from detinfer.models import row_parallel
 
@@ -119,7 +120,32 @@ def load(
     return target
 
 
-def _load(spec: str, dtype: torch.dtype | None, seed: int, ranks: Ranks, reductions: Reductions) -> Target:
+def of_rank(spec: str, where: torch.device, ranks: Ranks) -> torch.device:
+    """Where a rank's share runs: on the CPU, or each rank's on a GPU of its own. TargetError where that cannot be."""
+    if ranks.size == 1:
+        return where
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if spec.startswith("builtin:"):
+        if where.type != "cpu":
+            raise TargetError(
+                f"target {spec} on {where}: in this version a built-in model over several ranks runs on CPU"
+            )
+        return where
+    if where.type == "cpu":
+        if gpus:
+            raise TargetError(
+                f"target {spec}: transformers puts the shares of {ranks.size} ranks on this machine's {gpus} GPUs: give "
+                "--device cuda, or hide them (CUDA_VISIBLE_DEVICES=)"
+            )
+        return where
+    if gpus < ranks.size:
+        raise TargetError(f"target {spec}: {ranks.size} ranks need as many GPUs, and torch sees {gpus}")
+    return torch.device("cuda", ranks.rank)
+
+
+def _load(
+    spec: str, dtype: torch.dtype | None, seed: int, ranks: Ranks, reductions: Reductions, where: torch.device
+) -> Target:
     if dtype is not None:
         native.dtype_code(dtype, f"target {spec}")
     if spec.startswith("builtin:"):
@@ -131,7 +157,8 @@ def _load(spec: str, dtype: torch.dtype | None, seed: int, ranks: Ranks, reducti
     if ranks.size > 1 and (spec == "smollm2" or _FACTORY.fullmatch(spec) or spec.startswith("hf:")):
         from detinfer.models import tensor_parallel
 
-        return finish(spec, tensor_parallel.load(spec, lambda: _whole(spec, dtype, seed), dtype, ranks), ranks)
+        shares = tensor_parallel.load(spec, lambda: _whole(spec, dtype, seed), dtype, ranks, where)
+        return finish(spec, shares, ranks)
     return finish(spec, _whole(spec, dtype, seed))
 
 
@@ -160,7 +187,7 @@ def _whole(spec: str, dtype: torch.dtype | None, seed: int) -> Loaded:
 class Loaded:
     """What a loader returns: the module, and its tokenizer or its requests.
 
-    ``digest`` stands for the weights' where a loader has made one of its own.
+    ``digest`` stands for the weights' where a loader has made one of its own; ``placed``: it is where it runs.
     """
 
     kind: Kind
@@ -168,6 +195,7 @@ class Loaded:
     tokenizer: Callable[[str], list[int]] | None = None
     inputs: list[Inputs] = field(default_factory=list)
     digest: str = ""
+    placed: bool = False
 
 
 def check_ranks(spec: str, size: int) -> None:
@@ -223,7 +251,7 @@ def _dtype(spec: str, loaded: Loaded) -> torch.dtype:
     counts: dict[torch.dtype, int] = {}
     for kind, named in (("parameter", loaded.module.named_parameters()), ("buffer", loaded.module.named_buffers())):
         for name, t in named:
-            if t.device.type != "cpu" and not loaded.digest:
+            if t.device.type != "cpu" and not loaded.placed:
                 raise TargetError(f"target {spec}: {kind} {name} is on {t.device}; load on CPU, --device moves it")
             if t.is_floating_point() or t.is_complex():
                 native.dtype_code(t.dtype, f"target {spec}: {kind} {name}")

@@ -31,8 +31,10 @@ GATHERED = ("colwise_rep", "colwise_gather_output")
 """Styles whose modules end in a gathering of every rank's columns."""
 
 
-def load(spec: str, whole: Callable[[], Loaded], dtype: torch.dtype | None, ranks: Ranks) -> Loaded:
-    """This rank's share of a transformers causal language model; all ranks call it together.
+def load(
+    spec: str, whole: Callable[[], Loaded], dtype: torch.dtype | None, ranks: Ranks, where: torch.device
+) -> Loaded:
+    """This rank's share of a transformers causal language model, on ``where``; all ranks call it together.
 
     ``whole`` loads all of it, unless ``spec`` is ``hf:``, whose files transformers reads share by share. Raises
     TargetError where the model has no plan or its heads cannot be shared out evenly.
@@ -40,7 +42,7 @@ def load(spec: str, whole: Callable[[], Loaded], dtype: torch.dtype | None, rank
     with _files(spec, whole, ranks) as (source, config, tokenizer), huggingface.quiet():
         library = huggingface.transformers(spec)
         check(spec, config, ranks.size)
-        join(ranks)
+        join(ranks, where)
         plan = library.distributed.DistributedConfig(tp_plan="auto", tp_size=ranks.size)
         try:
             module, report = library.AutoModelForCausalLM.from_pretrained(
@@ -60,7 +62,7 @@ def load(spec: str, whole: Callable[[], Loaded], dtype: torch.dtype | None, rank
         ranks.share(None)  # the files are read
     huggingface.check_complete(spec, report)
     watch(module, ranks)
-    return Loaded("causal_lm", module, tokenizer=tokenizer)
+    return Loaded("causal_lm", module, tokenizer=tokenizer, placed=True)
 
 
 @contextmanager
@@ -123,18 +125,22 @@ def check(spec: str, config: Any, size: int) -> None:
             )
 
 
-def join(ranks: Ranks) -> None:
-    """Make torch.distributed's default group of these ranks, as their launcher's environment says."""
+def join(ranks: Ranks, where: torch.device) -> None:
+    """Make torch.distributed's default group of these ranks: gloo's, or NCCL's between GPUs."""
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=ranks.timeout)
-        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.size, timeout=timeout)
-    ranks.add_by(_sum)
+        on_gpu = where.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(where)
+        backend, own = ("nccl", where) if on_gpu else ("gloo", None)
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.size, timeout=timeout, device_id=own)
 
+    def total(x: torch.Tensor) -> torch.Tensor:
+        there = x.to(where, copy=True)
+        dist.all_reduce(there)
+        return there.to(x.device)
 
-def _sum(x: torch.Tensor) -> torch.Tensor:
-    total = x.clone()
-    dist.all_reduce(total)
-    return total
+    ranks.add_by(total)
 
 
 def styles(module: nn.Module) -> dict[str, str]:

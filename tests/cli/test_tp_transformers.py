@@ -91,3 +91,41 @@ def test_what_cannot_be_cut_says_why(target: str) -> None:
         tensor_parallel.check("gpt2", zoo.build("gpt2", torch.float32).config, 2)
     with pytest.raises(TargetError, match="3 ranks cannot share 8 groups of a sum; 1, 2, 4, 8 can"):
         row_parallel.check(8, 3)
+
+
+def test_where_shares_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers puts them on GPUs where there are any: as many as ranks; a built-in model's are on the CPU."""
+    from detinfer.errors import TargetError
+    from detinfer.models.ranks import Pretended
+    from detinfer.models.targets import of_rank
+
+    cpu, gpu, second = torch.device("cpu"), torch.device("cuda", 0), Pretended(1, 2)
+    assert of_rank("smollm2", cpu, second) == cpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert of_rank("smollm2", gpu, second) == torch.device("cuda", 1)
+    assert of_rank("builtin:moe", cpu, second) == cpu
+    for spec, where, ranks, says in (
+        ("smollm2", cpu, second, "give --device cuda, or hide them"),
+        ("smollm2", gpu, Pretended(1, 3), "3 ranks need as many GPUs, and torch sees 2"),
+        ("builtin:moe", gpu, second, "runs on CPU"),
+    ):
+        with pytest.raises(TargetError, match=says):
+            of_rank(spec, where, ranks)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_two_gpus(target: str, tmp_path: Path) -> None:
+    """Heads for two ranks; recorded on one GPU and on two, verified on two: rows and ranks agree, and the file of two."""
+    import tp_models
+    import zoo
+
+    zoo.build("qwen3", torch.bfloat16).save_pretrained(tmp_path / "model")
+    spec, device = f"hf:{tmp_path / 'model'}", ("--device", "cuda")
+    for ranks, verdict in (("2", "same"), ("1", "not_promised")):
+        golden = tp_models.record(spec, tmp_path / ranks, "--tp", ranks, *device)
+        code, result = tp_models.verified(golden, tmp_path / f"{ranks}.json", "--tp", "2", *device)
+        assert code == 0
+        assert result["golden"]["verdict"] == verdict
+        assert result["invariance"]["verdict"] == result["consistency"]["verdict"] == "same"
