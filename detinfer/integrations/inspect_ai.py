@@ -33,6 +33,18 @@ LIBRARIES = ("inspect_ai", "tokenizers", "transformers")
 MOST = 8
 """Requests in a batch of a replay."""
 
+UNFELT = {
+    "adaptive_connections",
+    "attempt_timeout",
+    "batch",
+    "cache",
+    "max_connections",
+    "max_retries",
+    "stream_idle_timeout",
+    "timeout",
+}
+"""Fields of a request's configuration that say how it is sent, not what is asked."""
+
 models: list[Enforced] = []
 """Every wrapped model of this process: Inspect keeps them from one run to the next."""
 failures: list[DetinferError] = []
@@ -139,7 +151,7 @@ class Enforced:
             messages,
             [tool.name for tool in tools],
             repr(choice),
-            config.model_dump(mode="json", exclude_none=True),
+            config.model_dump(mode="json", exclude_none=True, exclude=UNFELT),
         ]
         sample: Any = importlib.import_module("inspect_ai.log._samples").sample_active()
         where = "outside of samples" if sample is None else _place(sample)

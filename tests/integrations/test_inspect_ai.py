@@ -185,6 +185,7 @@ def test_what_the_log_holds(start: Start, tmp_path: Path) -> None:
     (file,) = (tmp_path / "logs").glob("*.eval")
     outputs = [sample.output for sample in read_eval_log(str(file)).samples]
     assert all(output.choices[0].logprobs is None and output.completion for output in outputs)
+    assert start(batch=3)[1]["runs"][0]["digests"] == account["digests"], "other batches are the same task and results"
 
 
 def test_without_the_policy(start: Start) -> None:
