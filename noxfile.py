@@ -99,6 +99,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite, less what the sessions build and docs run."""
+    """The test suite, less what the sessions build and docs run, a file for each CPU at a time, four at most."""
     environment(session, "dev", "hf")
-    pytest(session, *(session.posargs or ["tests", *(f"--ignore={file}" for file in ELSEWHERE.values())]))
+    whole = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile", "tests"]
+    pytest(session, *(session.posargs or [*whole, *(f"--ignore={file}" for file in ELSEWHERE.values())]))
