@@ -182,6 +182,14 @@ class Sweep:
             part.diverged_trials.add(trial.number)
         return part
 
+    def passes(self, trial: Trial) -> None:
+        """Run what a trial runs and compare nothing: what a verification costs is held against it (``bench.verify``)."""
+        for unit in self._units:
+            for keys in self._parts(unit, trial):
+                unit.run(keys)
+        if self._whole is not None:
+            run(self.target, [self.requests[index] for index in trial.batch])
+
     def _judge(
         self,
         part: Swept,

@@ -222,13 +222,16 @@ def _judge_golden(
 
 
 @bits.unseen
-@bits.unseen
 def _same_digests(node: Node, wanted: Node) -> bool:
     return tree.map_tensors(node, lambda _, tensor: bits.digest(tensor)) == wanted
 
 
 def _against_file(golden: Golden, node: Node, wanted: Node, found: Comparison) -> Any:
     """Count the rows of one call against the file; (Rows, Difference) of a mismatch, else None."""
+    held = list(tree.tensors(node))
+    if [(path, bits.digest(tensor)) for path, tensor in held] == list(tree.tensors(wanted)):
+        found.rows_compared += sum(bits.rows_of(tensor.shape)[0] for _, tensor in held)
+        return None  # nothing of the file is needed to know that every byte is the same
     stored = tree.map_tensors(wanted, lambda _, digest: golden.tensor(digest))
     if all(tensor is not None for _, tensor in tree.tensors(stored)):
         rows = compare(node, stored)
