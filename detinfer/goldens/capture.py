@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,6 +48,24 @@ class Skipped:
     reason: str
 
 
+TRIM_BYTES = 1 << 26
+"""Bytes of tensors that are looked at between two calls of ``trim``."""
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # another C library than glibc
+        return None
+
+
+def trim() -> None:
+    """Have the C library give back what is free: glibc before 2.38 seldom reuses a freed aligned block, as torch's are."""
+    if (give_back := _malloc_trim()) is not None:
+        give_back(0)
+
+
 class Capture:
     """Collects the calls made inside ``with capture.running():`` in the order in which they end: innermost first."""
 
@@ -70,6 +90,7 @@ class Capture:
         self._owners: list[nn.Module] = []
         self._seen: dict[str, Iterator[int]] = {}
         self._open: list[tuple[str, Node | None, str]] = []
+        self._looked = 0
         self.calls: dict[str, Call | Skipped] = {}
 
     def _name(self, base: str) -> str:
@@ -156,6 +177,10 @@ class Capture:
         except tree.NotEncodable as error:
             self.calls[name] = Skipped(name, kind, type_name, f"its output cannot be compared: {error}")
             return
+        self._looked += sum(t.numel() * t.dtype.itemsize for _, t in (*tree.tensors(arguments), *tree.tensors(outputs)))
+        if self._looked > TRIM_BYTES:
+            trim()
+            self._looked = 0
         self.calls[name] = self._keep(Call(name, kind, type_name, arguments, outputs))
 
 
