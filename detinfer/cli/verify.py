@@ -115,6 +115,7 @@ def verify(
     else:
         before = shared.interrupted(context, resume_file)
         saved, chosen, golden = before.held, before.options, golden or before.path
+        tp = tp or chosen.tp
     assert golden is not None
     shared.check(jobs, tp)
     console = Console(stderr=True, highlight=False, quiet=ranks.number() > 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from detinfer import bits
 from detinfer.collectives.calls import PATHS, steered
 from detinfer.goldens.runner import Request, Target
+from detinfer.models.decoder import Decoder, communicated, communicates
 from detinfer.models.parallel import AllReduce
 
 
@@ -247,12 +249,15 @@ def threads(model: Model, rng: random.Random) -> Iterator[Rows]:
 
 
 def collectives(model: Model, rng: random.Random) -> Iterator[Rows]:
-    """Every sum over ranks by each path in turn, whatever its size."""
+    """Every sum over ranks by each path in turn, whatever its size; in a built-in model also in one call with the norm."""
     batch = company(model, rng, 4)
+    fused = isinstance(model.module, Decoder) and communicates(model.module)
     for path in PATHS["all_reduce"]:
-        with steered(path):
-            logits, _ = model([model.tokens[i] for i in batch])
-        yield Rows(f"sums over ranks by {path}", [Part(i, 0, len(model.tokens[i])) for i in batch], logits)
+        for joined in (False, True) if fused else (False,):
+            with steered(path), communicated(model.module) if joined else nullcontext():
+                logits, _ = model([model.tokens[i] for i in batch])
+            how = f"sums over ranks by {path}{', with the next norm in one call' if joined else ''}"
+            yield Rows(how, [Part(i, 0, len(model.tokens[i])) for i in batch], logits)
 
 
 def compiled(model: Model, rng: random.Random) -> Iterator[Rows]:

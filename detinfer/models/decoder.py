@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from detinfer.errors import TargetError
 from detinfer.models import rope
 from detinfer.models.cache import KVCache
-from detinfer.models.layer_communicator import LayerCommunicator, Stream
+from detinfer.models.layer_communicator import LayerCommunicator, Stream, modes_of
 from detinfer.models.parallel import AllReduce, ColumnParallel, Head, RowParallel
 from detinfer.models.partial import PartialSum
 
@@ -111,6 +113,38 @@ class Layer(nn.Module):
             self.self_attn(hidden, cos, sin, cache), stream, self.feed_forward_norm
         )
         return between.finish(self.feed_forward(hidden), stream)
+
+
+@contextmanager
+def communicated(decoder: Decoder) -> Iterator[None]:
+    """Inside the block the layers leave their sums over ranks to layer communicators: fused with the norm where that can be.
+
+    Not for layers that were built so, nor with separate reductions, which cannot be put off.
+    """
+    layers = [layer for layer in decoder.layers if isinstance(layer, Layer)]
+    sparse = [hasattr(layer.feed_forward, "experts") for layer in layers]
+    parts: list[Any] = [part for layer in layers for part in (layer.self_attn, layer.feed_forward)]
+    try:
+        for number, (layer, modes) in enumerate(zip(layers, modes_of(sparse, False), strict=True)):
+            layer.communicator = LayerCommunicator(f"layers.{number}", layer.self_attn.all_reduce.ranks, modes)
+        for part in parts:
+            part.reduce_results = False
+        yield
+    finally:
+        for layer in layers:
+            layer.communicator = None
+        for part in parts:
+            part.reduce_results = True
+
+
+def communicates(decoder: Decoder) -> bool:
+    """Whether ``communicated`` is for a model: its layers make their sums themselves, merged."""
+    return all(
+        isinstance(layer, Layer)
+        and layer.communicator is None
+        and getattr(layer.feed_forward, "shared_all_reduce", None) is None
+        for layer in decoder.layers
+    )
 
 
 class Output(NamedTuple):

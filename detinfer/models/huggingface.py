@@ -109,7 +109,7 @@ def tokenizer(name: str) -> Callable[[str], list[int]] | None:
     with quiet():
         try:
             found = library.AutoTokenizer.from_pretrained(source(name), trust_remote_code=False)
-            if not found("a")["input_ids"]:  # made of a configuration alone: it knows no word
+            if found("sheep")["input_ids"] == found("train")["input_ids"]:  # of a configuration alone: it knows no word
                 return None
         except Exception:  # whatever it is that it lacks: prompts are then given as token ids
             return None

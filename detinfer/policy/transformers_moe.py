@@ -57,9 +57,15 @@ def layer_of(module: Any) -> moe.Experts:
 
 
 def shared_experts_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """A layer with ``gate``, ``experts`` and ``shared_experts`` (DeepSeek-V3): the shared expert last, one rounding."""
+    """A layer with ``gate``, ``experts`` and ``shared_experts`` (DeepSeek-V3): the shared expert last, one rounding.
+
+    Cut over ranks by transformers, experts and shared expert are each rounded and added over ranks before they meet.
+    """
     _, weights, chosen = self.gate(hidden_states)
     x = hidden_states.view(-1, hidden_states.shape[-1])
+    if hasattr(self.experts.down_proj, "to_local"):  # a rank's share, which the experts' own forward adds up
+        routed: torch.Tensor = self.experts(x, chosen, weights)
+        return (routed + self.shared_experts(x)).view(hidden_states.shape)
     _settle_experts(x)
     mlp = self.shared_experts
     inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)

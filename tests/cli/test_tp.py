@@ -84,7 +84,9 @@ def test_torchrun_gives_the_same_verdict(golden: Path, tmp_path: Path) -> None:
     result = json.loads(report.read_text())
     assert [result[part]["verdict"] for part in ("invariance", "golden", "consistency")] == ["same"] * 3
     paths = next(axis for axis in result["invariance"]["axes"] if axis["name"] == "collectives")
-    assert (paths["verdict"], paths["rows_differing"]) == ("same", 0) and paths["comparisons"] == 2 * 3
+    assert (paths["verdict"], paths["rows_differing"]) == ("same", 0) and paths["comparisons"] == 2 * 2 * 3
+    fused = [one for one in result["decisions"] if one["op"] == "detinfer::all_reduce_rms_norm"]
+    assert len(fused) == 1 and fused[0]["accepted"], "sums were made in one call with the norm too"
     probe = next(probe for probe in result["invariance"]["sensitivity"] if probe["operation"] == "detinfer::all_reduce")
     assert probe["seen"] and probe["invariant"]
 
