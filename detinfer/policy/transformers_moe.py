@@ -64,8 +64,8 @@ def shared_experts_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tens
     _, weights, chosen = self.gate(hidden_states)
     x = hidden_states.view(-1, hidden_states.shape[-1])
     if hasattr(self.experts.down_proj, "to_local"):  # a rank's share, which the experts' own forward adds up
-        routed: torch.Tensor = self.experts(x, chosen, weights)
-        return (routed + self.shared_experts(x)).view(hidden_states.shape)
+        both: torch.Tensor = self.experts(x, chosen, weights) + self.shared_experts(x)
+        return both.view(hidden_states.shape)
     _settle_experts(x)
     mlp = self.shared_experts
     inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
