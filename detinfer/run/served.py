@@ -10,9 +10,14 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from detinfer.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from detinfer.fingerprint import Fingerprint
 
 PLACE = "/detinfer/fingerprint"
 """Where the whole fingerprint is, as JSON."""
@@ -24,28 +29,36 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Marked:
-    """An ASGI application whose completions carry ``name``; ``whole`` is the fingerprint's JSON."""
+    """An ASGI application whose completions carry a fingerprint: what ``capture`` gives, asked until it gives one."""
 
-    def __init__(self, app: Any, name: str, whole: dict[str, Any]) -> None:
-        self._app, self._name = app, name
-        self._whole = json.dumps(whole, sort_keys=True).encode()
+    def __init__(self, app: Any, capture: Callable[[], Fingerprint | None]) -> None:
+        self._app, self._capture = app, capture
+        self._found: Fingerprint | None = capture()
+
+    def name(self) -> str | None:
+        """The fingerprint's name; None while there is none."""
+        if self._found is None:
+            self._found = self._capture()
+        return None if self._found is None else str(self._found)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
         """Answer a request for the fingerprint, or hand the request on and mark what comes back."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["path"] == PLACE and scope["method"] == "GET":
-            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self._whole))]
+        elif scope["path"] == PLACE and scope["method"] == "GET" and self.name() is not None:
+            assert self._found is not None
+            whole = json.dumps(self._found.to_json(), sort_keys=True).encode()
+            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(whole))]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": self._whole})
+            await send({"type": "http.response.body", "body": whole})
         else:
-            await self._app(scope, receive, _Answer(send, self._name))
+            await self._app(scope, receive, _Answer(send, self.name))
 
 
 class _Answer:
     """The answer to one request on its way out: JSON is held until it is whole, a stream goes event by event."""
 
-    def __init__(self, send: Send, name: str) -> None:
+    def __init__(self, send: Send, name: Callable[[], str | None]) -> None:
         self._send, self._name = send, name
         self._start: Message | None = None
         self._held = b""
@@ -76,7 +89,7 @@ class _Answer:
         await self._send(message)
 
 
-def _line(line: bytes, name: str) -> bytes:
+def _line(line: bytes, name: Callable[[], str | None]) -> bytes:
     """A line of a stream of server-sent events, marked where it is a completion."""
     if not line.startswith(b"data:"):
         return line
@@ -84,16 +97,18 @@ def _line(line: bytes, name: str) -> bytes:
     return line if (found := marked(body, name)) == body else b"data: " + found
 
 
-def marked(body: bytes, name: str) -> bytes:
-    """The JSON of a completion with ``name`` in ``system_fingerprint``, after the server's own; anything else as it is."""
+def marked(body: bytes, name: Callable[[], str | None]) -> bytes:
+    """The JSON of a completion with a name in ``system_fingerprint``, after the server's own; anything else as it is."""
     try:
         held = json.loads(body)
     except ValueError:
         return body
     if not isinstance(held, dict) or held.get("object") not in OBJECTS:
         return body
+    if (here := name()) is None:
+        return body
     own = held.get("system_fingerprint")
-    held["system_fingerprint"] = f"{own}+{name}" if own else name
+    held["system_fingerprint"] = f"{own}+{here}" if own else here
     return json.dumps(held, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -106,10 +121,20 @@ def mark(module: Any, policy: Policy) -> None:
     @functools.wraps(load)
     def loading(self: Any) -> Any:
         found = load(self)
-        from detinfer import fingerprint
-
-        here = fingerprint.capture(policy)
-        self.loaded_app = Marked(self.loaded_app, str(here), here.to_json())
+        self.loaded_app = Marked(self.loaded_app, lambda: captured(policy))
         return found
 
     module.Config.load = loading
+
+
+def captured(policy: Policy) -> Fingerprint | None:
+    """This process's fingerprint; None on a machine with a GPU that this process does not use.
+
+    There the model is in another process (an engine's worker), or not loaded yet, and to ask the GPU here would take
+    memory from the one that has it.
+    """
+    if torch.cuda.is_available() and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    from detinfer import fingerprint
+
+    return fingerprint.capture(policy)

@@ -10,15 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from detinfer.fingerprint import Fingerprint
+from detinfer.policy import Policy
 from detinfer.run import served
 
-NAME = "di1-batch-0123456789abcdef"
-WHOLE = {"fingerprint": NAME, "policy": {"scope": "batch"}}
+MARK = Fingerprint({"policy": {"scope": "batch"}})
+NAME = str(MARK)
 COMPLETION = {"object": "chat.completion", "choices": [{"message": {"content": "café\n"}}]}
 
 
-def asked(headers: list[tuple[bytes, bytes]], parts: list[bytes], path: str = "/v1/chat/completions") -> Any:
+def asked(
+    headers: list[tuple[bytes, bytes]],
+    parts: list[bytes],
+    path: str = "/v1/chat/completions",
+    captured: tuple[Fingerprint | None, ...] = (MARK,),
+) -> Any:
     """(status, headers, parts of the body) of an application's answer through ``Marked``."""
     found: list[dict[str, Any]] = []
 
@@ -31,7 +39,8 @@ def asked(headers: list[tuple[bytes, bytes]], parts: list[bytes], path: str = "/
         found.append(message)
 
     scope = {"type": "http", "path": path, "method": "GET"}
-    asyncio.run(served.Marked(app, NAME, WHOLE)(scope, None, send))
+    marks = iter(captured)
+    asyncio.run(served.Marked(app, lambda: next(marks))(scope, None, send))
     start, *rest = found
     assert [one.get("more_body", False) for one in rest] == [True] * (len(rest) - 1) + [False]
     return start["status"], dict(start["headers"]), [one["body"] for one in rest]
@@ -83,7 +92,17 @@ def test_what_is_no_completion_stays_as_it_is(kind: list[tuple[bytes, bytes]], b
 def test_the_whole_fingerprint_has_a_place() -> None:
     """Whatever the application has there."""
     status, _, (body,) = asked([], [b"its own"], served.PLACE)
-    assert (status, json.loads(body)) == (200, WHOLE)
+    assert (status, json.loads(body)) == (200, MARK.to_json())
+
+
+def test_a_process_without_the_model_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU's machine, until the GPU is used here: answers as they are, and then marked."""
+    kind, body = [(b"content-type", b"application/json")], json.dumps(COMPLETION).encode()
+    assert asked(kind, [body], captured=(None, None))[2] == [body]
+    assert json.loads(asked(kind, [body], captured=(None, MARK))[2][0])["system_fingerprint"] == NAME
+    assert asked([], [b"its own"], served.PLACE, (None, None))[2] == [b"its own"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert served.captured(Policy()) is None
 
 
 CONFIG = """
