@@ -102,6 +102,7 @@ def test_a_process_without_the_model_says_nothing(monkeypatch: pytest.MonkeyPatc
     assert json.loads(asked(kind, [body], captured=(None, MARK))[2][0])["system_fingerprint"] == NAME
     assert asked([], [b"its own"], served.PLACE, (None, None))[2] == [b"its own"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert served.captured(Policy()) is None
 
 
