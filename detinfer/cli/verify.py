@@ -104,7 +104,7 @@ def verify(
     from detinfer.cli import jobs as shared
     from detinfer.goldens import axes
     from detinfer.goldens.inputs import Options
-    from detinfer.goldens.resume import Interrupted
+    from detinfer.goldens.resume import Broken, Interrupted
     from detinfer.goldens.verify import verify as verify_golden
     from detinfer.reporters import json as json_reporter
     from detinfer.reporters import text
@@ -148,10 +148,10 @@ def verify(
             parts = held.golden, held.target, held.requests, held.policy
             try:
                 result = verify_golden(*parts, chosen, progress, held.ranks, pool, saved)
-            except Interrupted as stop:
+            except (Interrupted, Broken) as stop:
                 file = json_file or resume_file or Path(f"{golden.name}.interrupted.json")
                 json_reporter.write(stop.result, file)
-                console.print(f"interrupted: detinfer verify --resume {file} goes on", soft_wrap=True)
+                console.print(f"what was found is kept: detinfer verify --resume {file} goes on", soft_wrap=True)
                 raise
         if held.ranks.rank == 0:
             if json_file or html_file or junit_file or github:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detinfer import environment
-from detinfer.errors import GoldenError
+from detinfer.errors import GoldenError, InfrastructureError
 from detinfer.goldens.format import Golden
 from detinfer.goldens.inputs import Options
 from detinfer.goldens.result import Result, Verdict
@@ -22,6 +22,14 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, result: Result) -> None:
         super().__init__("interrupted")
+        self.result = result
+
+
+class Broken(InfrastructureError):
+    """A process that took part died; ``result`` holds what was found, to be saved and resumed."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
         self.result = result
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from detinfer import bits, environment, native
+from detinfer.errors import InfrastructureError
 from detinfer.goldens import across, axes, stress_inputs, tree
 from detinfer.goldens.cause.find import find
 from detinfer.goldens.collect import WHOLE
@@ -21,7 +22,7 @@ from detinfer.goldens.jobs import Pool
 from detinfer.goldens.merge import merge
 from detinfer.goldens.replay import Replay
 from detinfer.goldens.result import AxisResult, Comparison, Control, Divergence, Invariance, Result, Sensitivity, Tally
-from detinfer.goldens.resume import Interrupted, check_alone, done_of, unfinished
+from detinfer.goldens.resume import Broken, Interrupted, check_alone, done_of, unfinished
 from detinfer.goldens.runner import Request
 from detinfer.goldens.stress import probe
 from detinfer.goldens.stress_ranks import probe_ranks
@@ -52,7 +53,8 @@ def verify(
     On several ``ranks`` all call this together: each replays its own units, and all get the result of all. The workers
     of a ``pool`` share the trials out; ``saved`` is the result of an interrupted run of the same options, as JSON values.
 
-    Raises Interrupted, which holds what was found, where a KeyboardInterrupt comes; on several ranks that itself.
+    Raises Interrupted, which holds what was found, where a KeyboardInterrupt comes, and Broken where a worker dies; on
+    several ranks the KeyboardInterrupt itself.
     """
     manifest = golden.manifest
     if elsewhere := manifest.ranks != ranks.size:
@@ -162,12 +164,13 @@ def verify(
                     located = find(target, requests, units, half, first, options.seed)
                 result.control.cause = located.cause if located is not None else None
             clock("control")
-    except KeyboardInterrupt:
-        if ranks.size > 1:  # what one rank has found says nothing without the others
-            raise
-        raise Interrupted(
-            unfinished(result, golden, options, alone, {**before, **done}, len(traced) + len(rest))
-        ) from None
+    except (KeyboardInterrupt, InfrastructureError) as error:
+        if ranks.size > 1 or (pool is None and isinstance(error, InfrastructureError)):
+            raise  # what one rank has found says nothing without the others
+        kept = unfinished(result, golden, options, alone, {**before, **done}, len(traced) + len(rest))
+        if isinstance(error, InfrastructureError):
+            raise Broken(str(error), kept) from error
+        raise Interrupted(kept) from None
     ranks.settle()
     return merge(ranks.share(result), ranks.share(ranks.held))
 

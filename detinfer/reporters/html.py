@@ -58,10 +58,19 @@ def _causes(result: Result) -> list[dict[str, Any]]:
     """The first divergence of each part, with its operation where it was located."""
     parts = (("First cause", result.invariance), ("Against the file", result.golden), ("Policy off", result.control))
     return [
-        {"title": title, "first": part.first, "cause": getattr(part, "cause", None)}
+        {"title": title, "first": part.first, "cause": getattr(part, "cause", None), "paths": _paths(result, part)}
         for title, part in parts
         if part.first is not None
     ]
+
+
+def _paths(result: Result, part: Any) -> list[str]:
+    """By which path the policy ran the operation of a first cause, and why; nothing where the policy was off."""
+    cause = getattr(part, "cause", None)
+    if cause is None or part is result.control:
+        return []
+    made = [one for one in result.decisions if one["op"].partition(".")[0] == cause.operation.partition(".")[0]]
+    return [f"{one['path']} ({', '.join(one['dtypes'])}): {one['reason']}" for one in made]
 
 
 def _maps(result: Result) -> list[dict[str, Any]]:

@@ -136,13 +136,17 @@ if __name__ != "__main__":
         os.kill(os.getpid(), signal.SIGKILL)
     jobs._Own.run = run
 else:
+    import time
     from detinfer import cli
+    from detinfer.goldens import sweep
+    real = sweep.Sweep.trial
+    sweep.Sweep.trial = lambda self, trial: time.sleep(0.3) or real(self, trial)  # until the other has loaded
     sys.exit(cli.run(sys.argv[1:]))
 """
 
 
 def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
-    """Exit 6, the process and its trial in the message, nothing left running and no result."""
+    """Exit 6, the process and its trial in the message; what was found is kept, and gone on with by one process."""
     golden = tmp_path / "sound"
     assert cli.run(["record", "faults:sound", "-o", str(golden)]) == 0
     script = tmp_path / "killed.py"  # a process that is started imports it under another name, and is killed there
@@ -155,7 +159,7 @@ def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
         "--jobs",
         "2",
         "--n-trials",
-        "3000",
+        "150",
         "--json",
         "r.json",
     ]
@@ -163,7 +167,11 @@ def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
     assert ended.returncode == 6, ended.stderr
     assert "error: job 1 of 2: process" in ended.stderr
     assert "was killed by SIGKILL, while it ran trial/" in ended.stderr
-    assert not (tmp_path / "r.json").exists()
+    assert "--resume r.json goes on" in ended.stderr
+    assert len(result(tmp_path / "r.json")["unfinished"]["done"]) < 150
+    assert cli.run(["verify", "--resume", str(tmp_path / "r.json"), "--json", str(tmp_path / "b.json")]) == 0
+    assert cli.run(["verify", str(golden), "--n-trials", "150", "--json", str(tmp_path / "whole.json")]) == 0
+    assert result(tmp_path / "b.json") == result(tmp_path / "whole.json")
 
 
 @pytest.mark.parametrize(

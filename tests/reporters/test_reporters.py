@@ -142,6 +142,7 @@ def test_the_page_is_whole_and_takes_nothing_from_elsewhere(diverged: bool) -> N
     assert "prefers-color-scheme: dark" in text
     assert ("First cause" in text) == diverged
     assert ("aten::linear</strong>" in text) == diverged
+    assert ("<dt>path</dt><dd>csrc/matmul (bfloat16): r</dd>" in text) == diverged, "the path of the first cause"
     assert len(text) < 300_000
 
 
