@@ -159,7 +159,7 @@ def test_answers_of_earlier_runs_are_not_taken(start: Start) -> None:
     [
         (("--max-samples", "1"), "tales|0", (), 5, "no request was seen in another batch"),
         (("--max-samples", "2"), "no-such-task|0", (), 2, "lighteval failed"),
-        ((), "choices|0", ("--policy", "tp"), 2, "tp"),
+        ((), "choices|0", ("--policy", "no-such-scope"), 2, "no-such-scope"),
     ],
 )
 def test_what_cannot_fail_is_said(
