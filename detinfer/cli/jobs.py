@@ -83,9 +83,15 @@ def pool(jobs: int | None, held: Opened, options: Options) -> Iterator[Pool | No
 
 
 @contextmanager
-def stopping() -> Iterator[None]:
-    """SIGTERM interrupts, as Ctrl-C does: schedulers and launchers send it before they kill."""
-    if threading.current_thread() is not threading.main_thread():
+def stopping(jobs: int | None) -> Iterator[None]:
+    """SIGTERM interrupts, as Ctrl-C does: schedulers and launchers send it before they kill.
+
+    Not in ranks of one model: they keep nothing, and one that waits for another in native code has to end at once.
+    """
+    from detinfer.collectives.launch import launched_size
+
+    ranks = jobs is None and launched_size() > 1
+    if ranks or threading.current_thread() is not threading.main_thread():
         yield
         return
 

@@ -130,7 +130,7 @@ def verify(
         alone=jobs is not None,
         rank_timeout=rank_timeout,
     )
-    with shared.stopping(), opening as held:
+    with shared.stopping(jobs), opening as held:
         if saved is not None and resume_file is not None:
             shared.check_saved(saved, resume_file, held)
         columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
