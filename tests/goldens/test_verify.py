@@ -39,6 +39,7 @@ def test_sound_layers_pass(name: str, tmp_path: Path) -> None:
     assert [result[part]["verdict"] for part in ("invariance", "golden")] == ["same", "same"]
     assert result["control"]["verdict"] in ("same", "diverged")
     assert result["invariance"]["rows_compared"] == result["invariance"]["rows_possible"] > 1000
+    assert result["invariance"]["batches"] == sum(unit["batches"] for unit in result["invariance"]["units"]) > 40
     plants = {probe["operation"].partition(".")[0]: probe["seen"] for probe in result["invariance"]["sensitivity"]}
     assert plants == {"aten::linear": True, "aten::sum": True}
     assert any(name.startswith("aten::silu") for name in result["invariance"]["order_free"])
