@@ -48,11 +48,14 @@ def test_it_verifies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["rotated", "one"])
 def test_a_rotated_order_is_caught_and_named(fault: str, tmp_path: Path) -> None:
-    """Rows are batch-invariant all the same: the golden sees it. On one rank alone: the ranks disagree too."""
+    """Rows are batch-invariant all the same: the golden sees it, and the sum that is fused with a norm, whose path is sound.
+    On one rank alone: the ranks disagree too."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(HERE / "wrong_ranks.py")]
     code, said, result = verify(tmp_path / "result.json", torchrun, FAULT=fault)
     assert code == 1, said
-    assert result["invariance"]["verdict"] == "same"
+    invariance = result["invariance"]
+    assert invariance["rows_differing"] == 0 and invariance["rows_compared"] > 0
+    assert [axis["name"] for axis in invariance["axes"] if axis["verdict"] == "diverged"] == ["collectives"]
     assert result["golden"]["verdict"] == "diverged"
     first = result["golden"]["first"]
     assert (first["unit"], first["type"]) == ("layers.0.self_attn.all_reduce", "AllReduce")
