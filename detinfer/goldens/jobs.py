@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Client, Connection, Listener
 from multiprocessing.process import BaseProcess
@@ -80,11 +80,27 @@ class Worker:
         return f"process {self.process.pid} ended with exit code {code}"
 
 
+def goes_by_threads(task: Task) -> bool:
+    """Whether the number of threads is part of what a task finds: the axis of threads, and anything with no policy."""
+    return task.control or task.axis == "threads"
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Pool:
     """Workers and this process, which takes tasks like each of them."""
 
-    def __init__(self, workers: Sequence[Worker]) -> None:
-        self.workers = workers
+    def __init__(self, workers: Sequence[Worker], threads: int) -> None:
+        """``threads`` are those of the process that was started first, before they were shared out."""
+        self.workers, self.threads = workers, threads
         self.alone = ""
         """Digest of what the model gives alone in this process: a worker's must be the same."""
 
@@ -135,13 +151,18 @@ class Pool:
             thread.start()
         while (task := take()) is not None:
             progress(sum(one.key in done for one in of))
-            done[task.key] = run(task)
+            with _threads(self.threads) if goes_by_threads(task) else nullcontext():
+                done[task.key] = run(task)
         for thread in threads:
             while thread.is_alive():  # in steps: a join without an end cannot be interrupted
                 thread.join(0.2)
                 progress(sum(one.key in done for one in of))
         if failed:
             raise failed[0]
+
+    def unshared(self) -> AbstractContextManager[None]:
+        """This process with all its threads, as one without workers has them: torch's own bits go by their number."""
+        return _threads(self.threads)
 
     def close(self) -> None:
         """End the workers: those at work at once."""
@@ -163,11 +184,11 @@ def started(job: Job, jobs: int) -> Iterator[Pool]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
     workers: list[Worker] = []
-    # The threads of this machine are shared out; how many there are changes no bit.
+    # The threads of this machine are shared out; under the policy their number changes no bit.
     threads = torch.get_num_threads()
     own = max(1, threads // jobs)
     with ExitStack() as stack:
-        pool = Pool(workers)
+        pool = Pool(workers, threads)
         stack.callback(pool.close)
         for number in range(1, jobs):
             here, there = context.Pipe()
@@ -214,7 +235,7 @@ def launched(job: Job, loaded: Loaded) -> Iterator[Pool | None]:
             connection = listener.accept()
             number, where, process = connection.recv()
             workers.append(Worker(f"rank {number} (process {process} on {where})", connection))
-        pool = Pool(workers)
+        pool = Pool(workers, job.threads)
         try:
             yield pool
         finally:
@@ -287,17 +308,12 @@ class _Own:
 
     def run(self, task: Task) -> Part:
         """What one task finds, under the policy or without one, as its name says."""
-        threads = torch.get_num_threads()
-        if task.axis == "threads":
-            torch.set_num_threads(self._job.threads)
-        try:
+        with _threads(self._job.threads) if goes_by_threads(task) else nullcontext():
             if not task.control:
                 with self._policy():
                     return self._held.run(task)
             with torch.no_grad():
                 return self._of_control().run(task)
-        finally:
-            torch.set_num_threads(threads)
 
     def _of_control(self) -> Tasks:
         if self._control is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -155,14 +156,15 @@ def verify(
             part = cases[: (len(cases) + 1) // 2]
             control = sweep_of(golden, target, requests, units, whole, options)
             able = list(held.axes.values())
-            result.control = run_control(
-                control, half, able, part, options.seed, done, lambda of, by: share(of, by, "control")
-            )
-            first = result.control.first
-            if first is not None and result.invariance.first is None and ranks.size == 1:
-                with torch.no_grad():
-                    located = find(target, requests, units, half, first, options.seed)
-                result.control.cause = located.cause if located is not None else None
+            with nullcontext() if pool is None else pool.unshared():
+                result.control = run_control(
+                    control, half, able, part, options.seed, done, lambda of, by: share(of, by, "control")
+                )
+                first = result.control.first
+                if first is not None and result.invariance.first is None and ranks.size == 1:
+                    with torch.no_grad():
+                        located = find(target, requests, units, half, first, options.seed)
+                    result.control.cause = located.cause if located is not None else None
             clock("control")
     except (KeyboardInterrupt, InfrastructureError) as error:
         if ranks.size > 1 or (pool is None and isinstance(error, InfrastructureError)):

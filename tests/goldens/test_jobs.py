@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from detinfer import cli
 from detinfer.cli.jobs import check
@@ -78,7 +79,7 @@ def pool(work: Any, count: int = 2) -> tuple[jobs.Pool, list[Any]]:
         process.start()
         there.close()
         workers.append(jobs.Worker(f"job {number} of {count + 1}", here, process))
-    return jobs.Pool(workers), workers
+    return jobs.Pool(workers, torch.get_num_threads()), workers
 
 
 def _dies(connection: Any, other: Any) -> None:
