@@ -18,6 +18,7 @@ RANKS = {
     "errors": 0,
     "environment": 1,
     "bits": 1,
+    "threads": 1,
     "tensor_file": 2,
     "native": 2,
     "reference": 2,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from detinfer.bench import threads as held
+from detinfer import threads as held
 from detinfer.policy import deterministic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from detinfer.bench import threads as held
+from detinfer import threads as held
 from detinfer.ops import elementwise, rows
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
-from detinfer.bench import threads as held
+from detinfer import threads as held
 from detinfer.ops.matmul import linear
 
 _LAYER = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))

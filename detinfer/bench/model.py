@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from detinfer.bench import threads as held
+from detinfer import threads as held
 from detinfer.errors import UsageError
 from detinfer.policy import deterministic
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from detinfer import bits, environment
 from detinfer.errors import UsageError
 from detinfer.models.huggingface import transformers
+from detinfer.models.random_weights import draw
 from detinfer.policy import deterministic
 
 _NAMES = (
@@ -89,17 +90,7 @@ def build(shape: str, dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
     model = model.to_empty(device=device).eval().requires_grad_(False)
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its buffers are computed
-    draw = torch.Generator(device).manual_seed(1)
-    for name, weight in model.named_parameters():
-        # In pieces: integers of 16 bits of an embedding of 600 million elements are room enough.
-        scale = (1 if weight.dim() < 2 else weight.shape[-1]) ** -0.5 / 64
-        for piece in weight.view(-1).split(1 << 27):
-            drawn = torch.randint(-127, 128, piece.shape, generator=draw, device=device, dtype=torch.int16)
-            piece.copy_(drawn * scale)
-        if weight.dim() < 2:
-            weight.div_(16).add_(1)
-        elif "embed" in name:
-            weight.mul_(16)
+    draw(model, 0, torch.device(device))
     return model
 
 

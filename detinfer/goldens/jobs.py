@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from detinfer import errors
+from detinfer import threads as held
 from detinfer.errors import DetinferError, Diverged, InfrastructureError, UsageError
 from detinfer.goldens import control
 from detinfer.goldens.format import Golden
@@ -85,16 +86,6 @@ def goes_by_threads(task: Task) -> bool:
     return task.control or task.axis == "threads"
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Pool:
     """Workers and this process, which takes tasks like each of them."""
 
@@ -151,7 +142,7 @@ class Pool:
             thread.start()
         while (task := take()) is not None:
             progress(sum(one.key in done for one in of))
-            with _threads(self.threads) if goes_by_threads(task) else nullcontext():
+            with held.threads(self.threads) if goes_by_threads(task) else nullcontext():
                 done[task.key] = run(task)
         for thread in threads:
             while thread.is_alive():  # in steps: a join without an end cannot be interrupted
@@ -162,7 +153,7 @@ class Pool:
 
     def unshared(self) -> AbstractContextManager[None]:
         """This process with all its threads, as one without workers has them: torch's own bits go by their number."""
-        return _threads(self.threads)
+        return held.threads(self.threads)
 
     def close(self) -> None:
         """End the workers: those at work at once."""
@@ -308,7 +299,7 @@ class _Own:
 
     def run(self, task: Task) -> Part:
         """What one task finds, under the policy or without one, as its name says."""
-        with _threads(self._job.threads) if goes_by_threads(task) else nullcontext():
+        with held.threads(self._job.threads) if goes_by_threads(task) else nullcontext():
             if not task.control:
                 with self._policy():
                     return self._held.run(task)

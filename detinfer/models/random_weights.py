@@ -48,17 +48,18 @@ def load(name: str, dtype: torch.dtype, seed: int, device: torch.device) -> Load
     model = model.to_empty(device=device).eval().requires_grad_(False)
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its buffers are computed
-    _draw(model, seed, device)
+    draw(model, seed, device)
     text = f"random {kind} {sizes} seed {seed} torch {torch.__version__} on {device.type}\n"
     return Loaded("causal_lm", model, digest=checksum(model, text), placed=True)
 
 
-def _draw(model: Any, seed: int, device: torch.device) -> None:
-    draw = torch.Generator(device).manual_seed(seed + 1)
+def draw(model: Any, seed: int, device: torch.device) -> None:
+    """Fill the parameters of ``model``, which are on ``device``, from an integer generator: in place, a piece at a time."""
+    source = torch.Generator(device).manual_seed(seed + 1)
     for name, weight in model.named_parameters():
         scale = (1 if weight.dim() < 2 else weight.shape[-1]) ** -0.5 / 64
         for piece in weight.view(-1).split(_PIECE):
-            drawn = torch.randint(-127, 128, piece.shape, generator=draw, device=device, dtype=torch.int16)
+            drawn = torch.randint(-127, 128, piece.shape, generator=source, device=device, dtype=torch.int16)
             piece.copy_(drawn * scale)
         if weight.dim() < 2:
             weight.div_(16).add_(1)

@@ -1,4 +1,4 @@
-"""torch's number of threads, held while a benchmark runs."""
+"""torch's number of threads, held while something runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """``count`` threads on both sides inside the block; what it was before is put back."""
+    """``count`` threads inside the block; what it was before is put back."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
