@@ -6,6 +6,7 @@ exit code, having said why; or it dies. In the last two cases the launcher ends 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import multiprocessing
 import os
@@ -72,6 +73,12 @@ def join(mine: Place, timeout: float = WAIT) -> Communicator:
     return connect(name=mine.name, rank=mine.rank, size=mine.size, timeout=timeout)
 
 
+def _known(made: type, **given: Any) -> dict[str, Any]:
+    """Those of the keywords that ``made`` takes: torch 2.11's launcher ends its ranks at a time of its own (30 s)."""
+    takes = inspect.signature(made).parameters
+    return {name: value for name, value in given.items() if name in takes}
+
+
 def launch(work: Callable[..., Any], size: int, *arguments: Any, preload: Sequence[str] = ()) -> dict[int, Any] | Left:
     """Call ``work(*arguments)`` in ``size`` processes; what each returned, by rank, or who left early.
 
@@ -101,7 +108,7 @@ def launch(work: Callable[..., Any], size: int, *arguments: Any, preload: Sequen
         max_restarts=0,
         monitor_interval=0.05,
         start_method="forkserver",
-        shutdown_timeout=_ENDING,
+        **_known(LaunchConfig, shutdown_timeout=_ENDING),
     )
     # The ranks hold the other end: it closes when this process ends, however it does.
     alive, held = multiprocessing.get_context("forkserver").Pipe(duplex=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import multiprocessing
+import os
 import sys
 import traceback
 import warnings
@@ -379,6 +380,7 @@ def work(rank: int, folder: Path, sizes: tuple[int, ...] = SIZES, device: str = 
     faulthandler.dump_traceback_later(300, exit=True)  # where a rank that waits for ever stands
     torch.set_num_threads(1)
     if device == "cuda":
+        os.environ["LOCAL_RANK"] = str(rank)  # by it transformers' tensor parallelism chooses its GPU
         torch.cuda.set_device(rank)
         torch.set_default_device(f"cuda:{rank}")
     try:
