@@ -42,7 +42,9 @@ def load(name: str, dtype: torch.dtype, seed: int, device: torch.device) -> Load
     sizes = dict(zip(names, values, strict=True))
     if kind == "Qwen3Moe":
         sizes |= {"norm_topk_prob": True}
-    config = getattr(library, f"{kind}Config")(**sizes, max_position_embeddings=8192, tie_word_embeddings=False)
+    # architectures and dtype as a checkpoint has them: cut over ranks, the model is read from one, and is the same model.
+    more = {"architectures": [f"{kind}ForCausalLM"], "dtype": dtype}
+    config = getattr(library, f"{kind}Config")(**sizes, **more, max_position_embeddings=8192, tie_word_embeddings=False)
     with torch.device("meta"):
         model: Any = getattr(library, f"{kind}ForCausalLM")(config).to(dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)

@@ -158,6 +158,8 @@ class Spread(Ranks):
     def note(self, x: torch.Tensor, name: str, *, summed: bool) -> None:
         if summed:
             self.reduced[x.dtype, x.shape[-1]] = None
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # nothing is computed yet; what the graph's replay gives is compared with the file's bytes on every rank
         self._pending.append((name, bits.digest(x)))
 
     def add_by(self, sum_of: Callable[[torch.Tensor], torch.Tensor] | None) -> None:

@@ -103,16 +103,7 @@ def load(
     where = of_rank(spec, checked(device), ranks)
     if policy is not None and policy.guarantee.scope == "tp" and ranks.size > 1 and where.type != "cpu":
         raise RefusedError(f"target {spec} on {where}: scope tp over several ranks is kept on CPU in this version")
-    if spec.startswith("random:"):
-        from detinfer.models import random_weights
-
-        if ranks.size > 1:
-            raise TargetError(f"target {spec}: its weights are drawn whole, on one rank; leave --tp out")
-        native.dtype_code(dtype or torch.bfloat16, f"target {spec}")
-        name = spec.removeprefix("random:")
-        target = finish(spec, random_weights.load(name, dtype or torch.bfloat16, seed, where))
-    else:
-        target = _load(spec, dtype, seed, ranks, reductions, where).to(where)
+    target = _load(spec, dtype, seed, ranks, reductions, where).to(where)
     if policy is not None and policy.guarantee.scope == "tp":
         from detinfer.models import row_parallel
 
@@ -154,15 +145,19 @@ def _load(
         communication = builtin.Communication(reductions)
         module = builtin.build(spec.removeprefix("builtin:"), dtype or torch.float32, seed, ranks, communication)
         return finish(spec, Loaded("causal_lm", module), ranks)
-    if ranks.size > 1 and (spec == "smollm2" or _FACTORY.fullmatch(spec) or spec.startswith("hf:")):
+    if ranks.size > 1 and (spec == "smollm2" or _FACTORY.fullmatch(spec) or spec.startswith(("hf:", "random:"))):
         from detinfer.models import tensor_parallel
 
-        shares = tensor_parallel.load(spec, lambda: _whole(spec, dtype, seed), dtype, ranks, where)
+        shares = tensor_parallel.load(spec, lambda: _whole(spec, dtype, seed, where), dtype, ranks, where)
         return finish(spec, shares, ranks)
-    return finish(spec, _whole(spec, dtype, seed))
+    return finish(spec, _whole(spec, dtype, seed, where))
 
 
-def _whole(spec: str, dtype: torch.dtype | None, seed: int) -> Loaded:
+def _whole(spec: str, dtype: torch.dtype | None, seed: int, where: torch.device) -> Loaded:
+    if spec.startswith("random:"):  # drawn where it runs; the others are moved there
+        from detinfer.models import random_weights
+
+        return random_weights.load(spec.removeprefix("random:"), dtype or torch.bfloat16, seed, where)
     # Imported here: a module of the user's own needs none of transformers.
     if spec == "smollm2":
         from detinfer.models import smollm2

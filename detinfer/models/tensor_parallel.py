@@ -39,7 +39,7 @@ def load(
     ``whole`` loads all of it, unless ``spec`` is ``hf:``, whose files transformers reads share by share. Raises
     TargetError where the model has no plan or its heads cannot be shared out evenly.
     """
-    with _files(spec, whole, ranks) as (source, config, tokenizer), huggingface.quiet():
+    with _files(spec, whole, ranks) as (source, config, tokenizer, digest), huggingface.quiet():
         library = huggingface.transformers(spec)
         check(spec, config, ranks.size)
         join(ranks, where)
@@ -62,16 +62,16 @@ def load(
         ranks.share(None)  # the files are read
     huggingface.check_complete(spec, report)
     watch(module, ranks)
-    return Loaded("causal_lm", module, tokenizer=tokenizer, placed=True)
+    return Loaded("causal_lm", module, tokenizer=tokenizer, digest=digest, placed=True)
 
 
 @contextmanager
-def _files(spec: str, whole: Callable[[], Loaded], ranks: Ranks) -> Iterator[tuple[str, Any, Any]]:
-    """Where the model's files are, its configuration and its tokenizer; files are written where there are none."""
+def _files(spec: str, whole: Callable[[], Loaded], ranks: Ranks) -> Iterator[tuple[str, Any, Any, str]]:
+    """Where the model's files are, its configuration, tokenizer and weights' own digest; files are written where none are."""
     if spec.startswith("hf:"):
         name = spec.removeprefix("hf:")
         place = huggingface.source(name)
-        yield place, _config(spec, huggingface.transformers(spec), place), huggingface.tokenizer(name)
+        yield place, _config(spec, huggingface.transformers(spec), place), huggingface.tokenizer(name), ""
         return
     loaded = whole()
     if not is_transformers(loaded.module) or loaded.kind != "causal_lm":
@@ -80,7 +80,7 @@ def _files(spec: str, whole: Callable[[], Loaded], ranks: Ranks) -> Iterator[tup
             "and transformers' causal language models can. Leave --tp out"
         )
     module: Any = loaded.module
-    tokenizer, config = loaded.tokenizer, copy.deepcopy(module.config)  # saving writes into it
+    tokenizer, digest, config = loaded.tokenizer, loaded.digest, copy.deepcopy(module.config)  # saving writes into it
     check(spec, config, ranks.size)
     with tempfile.TemporaryDirectory() as own:
         folder = ranks.share(own)[0]
@@ -89,7 +89,7 @@ def _files(spec: str, whole: Callable[[], Loaded], ranks: Ranks) -> Iterator[tup
                 module.save_pretrained(folder)
         del module, loaded  # all of it, on every rank
         ranks.share(None)
-        yield folder, config, tokenizer
+        yield folder, config, tokenizer, digest
         ranks.share(None)
 
 

@@ -116,16 +116,15 @@ def test_where_shares_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
-def test_two_gpus(target: str, tmp_path: Path) -> None:
+def test_two_gpus(tmp_path: Path) -> None:
     """Heads for two ranks; recorded on one GPU and on two, verified on two: rows and ranks agree, and the file of two."""
     import tp_models
-    import zoo
 
-    zoo.build("qwen3", torch.bfloat16).save_pretrained(tmp_path / "model")
-    spec, device = f"hf:{tmp_path / 'model'}", ("--device", "cuda")
+    spec, device, axes = "random:qwen3-small", ("--device", "cuda"), ("--axes", "batch,chunks,graph,streams")
     for ranks, verdict in (("2", "same"), ("1", "not_promised")):
         golden = tp_models.record(spec, tmp_path / ranks, "--tp", ranks, *device)
-        code, result = tp_models.verified(golden, tmp_path / f"{ranks}.json", "--tp", "2", *device)
+        code, result = tp_models.verified(golden, tmp_path / f"{ranks}.json", "--tp", "2", *device, *axes)
         assert code == 0
+        assert {axis["name"] for axis in result["invariance"]["axes"] if axis["comparisons"]} == set(axes[1].split(","))
         assert result["golden"]["verdict"] == verdict
         assert result["invariance"]["verdict"] == result["consistency"]["verdict"] == "same"

@@ -62,6 +62,19 @@ def test_record_and_verify(tmp_path: Path) -> None:
     assert cli.run(["verify", str(golden), "--target", "random:qwen3-small"]) == 4
 
 
+def test_over_two_ranks(tmp_path: Path) -> None:
+    """Cut by transformers' plan: the same weights as whole, the same rows in every batch, and the same on both ranks."""
+    golden, report = tmp_path / "golden", tmp_path / "result.json"
+    size = ("--n-prompts", "2", "--length", "5", "--decode-steps", "2", "--tensors", "none")
+    assert cli.run(["record", "random:qwen3-small", "-o", str(golden), *size]) == 0
+    words = ["--tp", "2", "--n-trials", "2", "--axes", "batch,chunks", "--json", str(report)]
+    assert cli.run(["verify", str(golden), *words]) == 0
+    result = json.loads(report.read_text())
+    assert result["invariance"]["verdict"] == result["consistency"]["verdict"] == "same"
+    assert result["golden"]["verdict"] == "not_promised"
+    assert cli.run(["verify", str(golden), *words, "--target", "random:qwen3-moe-small"]) == 4
+
+
 def test_what_there_is_not() -> None:
     """The names that there are."""
     with pytest.raises(TargetError, match=r"random:gpt: one of qwen3-8b"):

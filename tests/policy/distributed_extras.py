@@ -18,6 +18,7 @@ from distributed_cases import CASES, World, outcome
 from detinfer.bits import as_bytes, dtype_name
 from detinfer.collectives import communicator
 from detinfer.errors import DetinferError
+from detinfer.models.tensor_parallel import SUMMED, styles
 from detinfer.policy import Policy, deterministic
 from detinfer.policy.rank_proofs import inputs, tensor
 from detinfer.reference.all_reduce import all_reduce as reference
@@ -176,6 +177,7 @@ def llama(w: World, folder: Path) -> dict[str, Any]:
     everyone = [torch.empty_like(logits) for _ in range(w.size)]
     dist.all_gather(everyone, logits.contiguous())
     return {
+        "planned": sum(style in SUMMED for style in styles(model).values()),
         "sums": len(seen),
         "same": same,
         "rotated": rotated,

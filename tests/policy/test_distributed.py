@@ -129,7 +129,8 @@ def test_transformers_tensor_parallelism(worlds: Any, size: int) -> None:
     """from_pretrained(tp_plan="auto"): every sum over ranks is the reference's, and a row does not see its batch."""
     for rank in worlds[size]:
         found = rank["llama"]
-        assert found["sums"] == found["counts"][f"c10d::allreduce_(sum, {size} ranks)"] == 5  # embedding, 2 x (o, down)
+        # 2 x (o, down), and the embedding where this transformers cuts it by rows
+        assert found["sums"] == found["counts"][f"c10d::allreduce_(sum, {size} ranks)"] == found["planned"] >= 4
         assert found["same"] == found["sums"]
         assert found["ranks agree"] and found["alone"]
         if size > 2:

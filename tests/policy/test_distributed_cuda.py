@@ -66,6 +66,6 @@ def test_transformers_tensor_parallelism(ranks: Any) -> None:
     """from_pretrained(tp_plan="auto"): every sum over GPUs is the reference's, and a row does not see its batch."""
     for rank in ranks:
         found = rank["llama"]
-        assert found["sums"] == found["counts"][f"c10d::allreduce_(sum, {len(ranks)} ranks)"] == 5
+        assert found["sums"] == found["counts"][f"c10d::allreduce_(sum, {len(ranks)} ranks)"] == found["planned"] >= 4
         assert found["same"] == found["sums"] and found["ranks agree"] and found["alone"]
         assert len(ranks) == 2 or found["rotated"] > 0
