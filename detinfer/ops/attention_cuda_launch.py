@@ -184,6 +184,10 @@ class Launch:
         """For the copy engine: shape, strides and block of K and of V."""
         self.compiled: tuple[Any, tuple[Any, ...]] | None = None
         """What Triton made of the kernel for these arguments at the first start, and the constants in their order."""
+        self.code = ""
+        """Triton's hash of that machine code."""
+        self.checked = False
+        """Whether the machine code is known to keep the order: asked at the first start."""
 
     def start(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys
@@ -206,6 +210,7 @@ class Launch:
         if self.kernel == "prefill":
             described = [kernels.descriptor(t, *how) for t, how in zip((k, v), self.tiles, strict=True)]
             self._run(kernels.prefill, (q, k, v, *described, out, to_lse))
+            self._prove(q, k, v, keys)
             return out, lse
         mask = keys.added
         if mask is not None and mask.dtype is torch.bool:
@@ -221,7 +226,16 @@ class Launch:
             self._run(kernels.tiles, pointers)
         else:
             self._run(kernels.decode, (*pointers, *_workspace(out, *self.work)))
+        self._prove(q, k, v, keys)
         return out, lse
+
+    def _prove(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys) -> None:
+        """Raise unless the machine code gives the plain kernel's bytes: before its first result is handed out."""
+        if not self.checked and self.compiled is not None:
+            from detinfer.ops import attention_cuda_variants
+
+            attention_cuda_variants.check(self, self.code, q, k, v, keys)
+            self.checked = True
 
     def _run(self, kernel: Any, tensors: tuple[Any, ...]) -> None:
         """Start ``kernel``. Only the first time is Triton asked which machine code these arguments need: the answer takes
@@ -231,7 +245,7 @@ class Launch:
             if made is not None:
                 constants = tuple(self.constants[name] for name in kernel.arg_names if name in self.constants)
                 grid = (*self.grid, 1)
-                self.compiled = made[grid], constants
+                self.compiled, self.code = (made[grid], constants), made.hash
             return
         start, constants = self.compiled
         stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())

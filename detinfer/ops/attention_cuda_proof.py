@@ -52,7 +52,11 @@ def causal_mask(queries: int, keys: int, window: int = 0) -> torch.Tensor:
 
 
 def exact(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    added: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The result in fp64, and a bound on the error of one that rounds its weights to the dtype and sums in fp32."""
     group = query.shape[1] // key.shape[1]
@@ -60,16 +64,20 @@ def exact(
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if added is not None:
         scores = scores + added.double()
-    weights = scores.softmax(-1).nan_to_num(0.0)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1).nan_to_num(0.0)[..., : v.shape[2]]
     out = weights @ v
     unit = max(torch.finfo(query.dtype).eps, 2.0**-16)
     bound = (weights @ v.abs()) * (2 * unit) + out.abs() * unit + torch.finfo(torch.float32).tiny
     return out, bound
 
 
-def check_close(got: torch.Tensor, inputs: Inputs, added: torch.Tensor | None, where: str) -> None:
+def check_close(
+    got: torch.Tensor, inputs: Inputs, added: torch.Tensor | None, where: str, sinks: torch.Tensor | None = None
+) -> None:
     """Diverged where a result is further from fp64 than rounding allows: an order may be kept and still be wrong."""
-    out, bound = exact(*inputs, added)
+    out, bound = exact(*inputs, added, sinks)
     error = (got.double() - out).abs()
     if not bool((error <= bound).all()):
         worst = (error / bound).max().item()
