@@ -77,16 +77,15 @@ def calls(depth: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     hidden = causal_mask(300, 600).to(dtype).expand(2, 1, 300, 600)
     own = hidden.expand(2, 8, 300, 600).contiguous()
     integers = functools.partial(torch.tensor, dtype=torch.int32, device="cuda")
-    sdpa: Any = functools.partial(scaled_dot_product_attention, enable_gqa=True)
+    plain: Any = scaled_dot_product_attention
+    sdpa = functools.partial(plain, enable_gqa=True)
     sinks = torch.ones(8, dtype=dtype, device="cuda")
     yield "causal", lambda: sdpa(query, key, value, None, 0.0, True)
     yield "a row", lambda: sdpa(row, key, value)
     yield "a mask", lambda: sdpa(query, key, value, hidden)
     yield "a mask of each head, a row", lambda: sdpa(row, key, value, own[:, :, -1:] > -1)
-    yield (
-        "a long mask, a row",
-        lambda: sdpa(row, *(t.repeat(1, 1, 30, 1) for t in (key, value)), hidden[:, :, -1:].repeat(1, 1, 1, 30)),
-    )
+    many = [t.repeat(1, 1, 30, 1) for t in (key, value)]
+    yield "a long mask, a row", lambda: sdpa(row, *many, hidden[:, :, -1:].repeat(1, 1, 1, 30))
     yield "a window", lambda: attention(query, key, value, window=100)
     yield "sinks", lambda: attention(query, key, value, sinks=sinks)
     yield "starts", lambda: attention(query, key, value, starts=integers([3, 40]), lengths=integers([600, 500]))
