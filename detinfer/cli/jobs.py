@@ -54,15 +54,13 @@ def interrupted(context: click.Context, file: Path) -> Saved:
 
 
 def check_saved(saved: dict[str, Any], file: Path, held: Opened) -> None:
-    """GoldenError where an interrupted run belongs to another golden, policy or environment."""
+    """GoldenError where an interrupted run belongs to another golden, number of ranks, policy or environment."""
     from detinfer import environment, native
     from detinfer.goldens import resume
     from detinfer.models.targets import device_of
 
-    if held.ranks.size > 1:
-        raise UsageError("--resume: a run on several ranks cannot be gone on with; start it again")
     here = environment.capture(native.isa(), held.target.libraries, device_of(held.target.module))
-    resume.check(saved, file, held.golden, held.policy.to_json(), here)
+    resume.check(saved, file, held.golden, held.policy.to_json(), here, held.ranks.size)
 
 
 @contextmanager
@@ -86,7 +84,7 @@ def pool(jobs: int | None, held: Opened, options: Options) -> Iterator[Pool | No
 def stopping(jobs: int | None) -> Iterator[None]:
     """SIGTERM interrupts, as Ctrl-C does: schedulers and launchers send it before they kill.
 
-    Not in ranks of one model: they keep nothing, and one that waits for another in native code has to end at once.
+    Not in ranks of one model: there ``kept`` does it, and the others than rank 0 have nothing to keep.
     """
     from detinfer.collectives.launch import launched_size
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from detinfer.cli import options, ranks, vectors
+from detinfer.cli import kept, options, ranks, vectors
 from detinfer.cli.opened import opened
 from detinfer.errors import UsageError
 from detinfer.policy.policy import Reductions
+
+if TYPE_CHECKING:
+    from detinfer.goldens.result import Result
 
 
 def _sizes(_: object, __: object, value: str | None) -> tuple[int, ...] | None:
@@ -146,13 +150,23 @@ def verify(
                 bar.update(task, description=part, completed=done, total=total)
 
             parts = held.golden, held.target, held.requests, held.policy
-            try:
-                result = verify_golden(*parts, chosen, progress, held.ranks, pool, saved)
-            except (Interrupted, Broken) as stop:
-                file = json_file or resume_file or Path(f"{golden.name}.interrupted.json")
-                json_reporter.write(stop.result, file)
-                console.print(f"what was found is kept: detinfer verify --resume {file} goes on", soft_wrap=True)
-                raise
+            file = json_file or resume_file or Path(f"{golden.name}.interrupted.json")
+            tells: list[Callable[[], Result | None]] = []
+
+            def write(found: Result) -> str:
+                json_reporter.write(found, file)
+                return f"what was found is kept: detinfer verify --resume {file} goes on"
+
+            def stopped() -> str:
+                found = tells[0]() if tells else None
+                return "" if found is None else write(found)
+
+            with kept.on_signals(held.ranks, stopped):
+                try:
+                    result = verify_golden(*parts, chosen, progress, held.ranks, pool, saved, tells.append)
+                except (Interrupted, Broken) as stop:
+                    console.print(write(stop.result), soft_wrap=True)
+                    raise
         if held.ranks.rank == 0:
             if json_file or html_file or junit_file or github:
                 result.system_fingerprint = fingerprint.capture(held.policy, held.target.device).to_json()

@@ -10,8 +10,8 @@ from detinfer import environment
 from detinfer.errors import GoldenError, InfrastructureError
 from detinfer.goldens.format import Golden
 from detinfer.goldens.inputs import Options
+from detinfer.goldens.ledger import Ledger
 from detinfer.goldens.result import Result, Verdict
-from detinfer.goldens.tasks import Done, part_from_json, part_to_json
 
 BESIDE = ("detinfer", "native")
 """Fields of the environment that make no golden stale, and yet must be the same in both halves of one run."""
@@ -33,19 +33,12 @@ class Broken(InfrastructureError):
         self.result = result
 
 
-def unfinished(result: Result, golden: Golden, options: Options, alone: str, done: Done, wanted: int) -> Result:
-    """``result`` with all that is needed to go on: ``done``, of the ``wanted`` trials and cases and of the control's."""
-    counted = sum(part.rows_compared for key, part in done.items() if not key.startswith("control/"))
-    differing = sum(part.rows_differing for key, part in done.items() if not key.startswith("control/"))
+def unfinished(result: Result, golden: Golden, options: Options, alone: str, ledger: Ledger, wanted: int) -> Result:
+    """``result`` with all that is needed to go on: what the ``ledger`` holds of the ``wanted`` trials and cases."""
+    before, counted, differing = ledger.counts()
     verdict: Verdict = "diverged" if differing else "not_run"
-    before = sum(not key.startswith("control/") for key in done)
     reason = f"interrupted after {before} of {wanted} trials and cases: detinfer verify --resume goes on"
-    saved = {
-        "golden": golden.manifest.digest,
-        "options": asdict(options),
-        "alone": alone,
-        "done": {key: part_to_json(part) for key, part in done.items()},
-    }
+    saved = {"golden": golden.manifest.digest, "options": asdict(options), "alone": alone, **ledger.to_json()}
     return replace(
         result,
         invariance=replace(
@@ -63,15 +56,15 @@ def options_of(held: dict[str, Any]) -> Options:
     return Options(**given)
 
 
-def done_of(held: dict[str, Any]) -> Done:
-    """What an interrupted run had found."""
-    return {key: part_from_json(part) for key, part in held["unfinished"]["done"].items()}
-
-
 def check(
-    held: dict[str, Any], file: Path, golden: Golden, policy: dict[str, Any], here: environment.Environment
+    held: dict[str, Any],
+    file: Path,
+    golden: Golden,
+    policy: dict[str, Any],
+    here: environment.Environment,
+    ranks: int = 1,
 ) -> None:
-    """GoldenError, with the reason, unless an interrupted run may be gone on with here: golden, policy, environment."""
+    """GoldenError, with the reason, unless an interrupted run may be gone on with here: golden, ranks, policy, environment."""
 
     def refuse(why: str) -> GoldenError:
         return GoldenError(f"--resume {file}: {why}; start again without --resume")
@@ -80,6 +73,9 @@ def check(
         raise refuse(
             f"the run was of another golden ({recorded[:12]}) than {golden.path} ({golden.manifest.digest[:12]})"
         )
+    if (size := 1 + len(held["unfinished"].get("others", []))) != ranks:
+        many = f"{size} ranks; give --tp {size}" if size > 1 else "1 rank; give --tp 1"
+        raise GoldenError(f"--resume {file}: this run is on {ranks}, the interrupted one was on {many}")
     if held["policy"] != policy:
         names = sorted(name for name in {*held["policy"], *policy} if held["policy"].get(name) != policy.get(name))
         raise refuse(f"the run was under another policy: {', '.join(names)}")

@@ -6,7 +6,7 @@ goes on with the tasks that are left, several processes share them out, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,6 @@ from detinfer.goldens.replay import Replay
 from detinfer.goldens.result import AxisResult, Divergence, Tally
 from detinfer.goldens.runner import Request
 from detinfer.goldens.sweep import Sweep, Swept, Trial
-from detinfer.models.ranks import Ranks
 
 Part = Swept | AxisResult
 """What one task found: a trial's counts, or a case's."""
@@ -102,25 +101,6 @@ def ready(golden: Golden, sweep: Sweep, options: Options) -> Tasks:
     axes = {axis.name: axis for axis in walk.able(options.axes if sweep.whole else ())}
     trials = {trial.number: trial for trial in options.trials(sweep.requests)}
     return Tasks(sweep, walk, axes, trials, options.seed)
-
-
-def run_here(
-    of: Sequence[Task],
-    run: Callable[[Task], Part],
-    done: Done,
-    fail_fast: bool,
-    ranks: Ranks,
-    progress: Callable[[int], None],
-) -> None:
-    """Run the tasks that are not done one after another; on several ranks all run the same ones."""
-    for number, task in enumerate(of):
-        progress(number)
-        if task.key not in done:
-            part = run(task)
-            ranks.settle()
-            done[task.key] = part  # whole or not at all, wherever an interruption comes
-        if fail_fast and ranks.any(done[task.key].rows_differing > 0):
-            return
 
 
 def check_again(key: str, before: Part, now: Part) -> None:

@@ -20,15 +20,16 @@ from detinfer.goldens.control import run_control
 from detinfer.goldens.format import Golden
 from detinfer.goldens.inputs import Options, chosen_units, load_inputs, reductions_of
 from detinfer.goldens.jobs import Pool
+from detinfer.goldens.ledger import Ledger, run_here
 from detinfer.goldens.merge import merge
 from detinfer.goldens.replay import Replay
 from detinfer.goldens.result import AxisResult, Comparison, Control, Divergence, Invariance, Result, Sensitivity, Tally
-from detinfer.goldens.resume import Broken, Interrupted, check_alone, done_of, unfinished
+from detinfer.goldens.resume import Broken, Interrupted, check_alone, unfinished
 from detinfer.goldens.runner import Request
 from detinfer.goldens.stress import probe
 from detinfer.goldens.stress_ranks import probe_ranks
 from detinfer.goldens.sweep import Key, Sweep, Trial, divergence
-from detinfer.goldens.tasks import Done, Task, Tasks, check_again, ready, run_here, sweep_of, tasks
+from detinfer.goldens.tasks import Task, Tasks, ready, sweep_of, tasks
 from detinfer.goldens.tree import Node
 from detinfer.models.ranks import ALONE, Ranks
 from detinfer.models.targets import device_of
@@ -36,6 +37,9 @@ from detinfer.policy import Policy, deterministic
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the part under way, how much of it is done, and how much there is."""
+
+Tell = Callable[[Callable[[], Result | None]], None]
+"""Is given what tells, from any thread, what was found until now; None: nothing that could be gone on with."""
 
 
 def verify(
@@ -48,14 +52,16 @@ def verify(
     ranks: Ranks = ALONE,
     pool: Pool | None = None,
     saved: dict[str, Any] | None = None,
+    tell: Tell = lambda _: None,
 ) -> Result:
     """Judge invariance and golden under ``policy``; with ``options.control`` also report the sweep without it.
 
     On several ``ranks`` all call this together: each replays its own units, and all get the result of all. The workers
     of a ``pool`` share the trials out; ``saved`` is the result of an interrupted run of the same options, as JSON values.
+    ``tell`` is given a function that says what was found so far.
 
-    Raises Interrupted, which holds what was found, where a KeyboardInterrupt comes, and Broken where a worker dies; on
-    several ranks the KeyboardInterrupt itself.
+    Raises Interrupted, which holds what was found, where a KeyboardInterrupt comes, and Broken where a worker or another
+    rank dies; other ranks than rank 0 raise what they met itself.
     """
     manifest = golden.manifest
     if elsewhere := manifest.ranks != ranks.size:
@@ -77,8 +83,8 @@ def verify(
         control=Control(),
     )
     clock = _Clock(result.seconds)
-    before: Done = {} if saved is None else done_of(saved)
-    done: Done = {}
+    ledger = Ledger(ranks, saved)
+    done = ledger.done
     alone = ""
     traced: list[Task] = []
     rest: list[Task] = []
@@ -88,8 +94,14 @@ def verify(
         if pool is not None:
             pool.run(of, held.run, done, options.fail_fast, lambda number: progress(part, number, total))
         else:
-            run_here(of, held.run, done, options.fail_fast, ranks, lambda number: progress(part, number, total))
+            run_here(of, held.run, ledger, options.fail_fast, ranks, lambda number: progress(part, number, total))
 
+    def kept() -> Result | None:
+        if ranks.size > 1 and not ledger.counts()[0]:
+            return None
+        return unfinished(result, golden, options, alone, ledger, len(traced) + len(rest))
+
+    tell(kept)
     try:
         with deterministic(policy) as active:
             progress("inputs", 0, 1)
@@ -113,7 +125,7 @@ def verify(
             clock("alone")
             held = ready(golden, sweep, options)
             names, walk = list(held.axes), held.walk
-            alone = sweep.digest()
+            alone = ranks.digest(sweep.digest())
             if saved is not None:
                 check_alone(saved, alone)
             if pool is not None:
@@ -122,11 +134,14 @@ def verify(
             traced = [*tasks(trials[:1], (), ()), *tasks((), names, cases[:1])]
             rest = [*tasks(trials[1:], (), ()), *tasks((), names, cases[1:])]
             run_here(
-                traced, held.run, done, options.fail_fast, ranks, lambda number: progress("traced", number, len(traced))
+                traced,
+                held.run,
+                ledger,
+                options.fail_fast,
+                ranks,
+                lambda number: progress("traced", number, len(traced)),
             )
-            for key in done.keys() & before.keys():
-                check_again(key, before[key], done[key])
-            done.update(before)
+            ledger.take_up()
         with deterministic(replace(policy, uncovered="trust")):
             if not (options.fail_fast and ranks.any(any(part.rows_differing for part in done.values()))):
                 share(rest, held)
@@ -166,15 +181,17 @@ def verify(
                         located = find(target, requests, units, half, first, options.seed)
                     result.control.cause = located.cause if located is not None else None
             clock("control")
+        ranks.settle()
+        return merge(ranks.share(result), ranks.share(ranks.held))
     except (KeyboardInterrupt, InfrastructureError) as error:
-        if ranks.size > 1 or (pool is None and isinstance(error, InfrastructureError)):
-            raise  # what one rank has found says nothing without the others
-        kept = unfinished(result, golden, options, alone, {**before, **done}, len(traced) + len(rest))
-        if isinstance(error, InfrastructureError):
-            raise Broken(str(error), kept) from error
-        raise Interrupted(kept) from None
-    ranks.settle()
-    return merge(ranks.share(result), ranks.share(ranks.held))
+        # One process has no others that could break; other ranks than rank 0 know of themselves alone.
+        broken = isinstance(error, InfrastructureError)
+        keeps = None if ranks.rank > 0 or (broken and pool is None and ranks.size == 1) else kept()
+        if keeps is None:
+            raise
+        if broken:
+            raise Broken(str(error), keeps) from error
+        raise Interrupted(keeps) from None
 
 
 class _Clock:

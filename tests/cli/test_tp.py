@@ -182,12 +182,12 @@ def ranks_of(process: int, wanted: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ranks are found through /proc, which is not here")
 @pytest.mark.parametrize("victim", ["rank", "launcher"])
-def test_a_death_ends_everything(victim: str, golden: Path) -> None:
+def test_a_death_ends_everything(victim: str, golden: Path, tmp_path: Path) -> None:
     """kill -9 of a rank: exit 6, and its number is named. Of the launcher: the ranks end by themselves."""
     command = [sys.executable, "-m", "detinfer", "verify", str(golden), "--n-trials", "5000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     ) as process:
         found = ranks_of(process.pid, 3)
         time.sleep(1)
@@ -205,12 +205,12 @@ def test_a_death_ends_everything(victim: str, golden: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ranks are found through /proc, which is not here")
-def test_a_rank_that_hangs_ends_everything(golden: Path) -> None:
+def test_a_rank_that_hangs_ends_everything(golden: Path, tmp_path: Path) -> None:
     """A rank is stopped: after ``--rank-timeout`` the others name it, exit 6, and it is ended as well."""
     command = [sys.executable, "-m", "detinfer", "verify", str(golden), "--n-trials", "5000", "--rank-timeout", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     ) as process:
         found = sorted(ranks_of(process.pid, 3))
         time.sleep(2)
