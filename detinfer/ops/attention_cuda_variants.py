@@ -24,10 +24,13 @@ from detinfer.ops import attention_cuda_launch as launches
 from detinfer.ops.attention import NAME
 from detinfer.ops.attention_cuda import reference
 from detinfer.ops.attention_cuda_launch import Keys, Launch, plan
-from detinfer.ops.attention_cuda_proof import check_close, stress
+from detinfer.ops.attention_cuda_proof import check_close
 
 LENGTHS = (700, 4627)
 """Keys of the proof's inputs: in splits of 256, and in longer ones."""
+
+_PERIOD = 194
+"""Keys in which the large values of the proof's inputs cancel."""
 
 _WRONG: dict[str, dict[str, Any]] = {"from the last split": {"backwards": True}, "in splits of 128": {"split": 128}}
 _proved: dict[str, int] = {}
@@ -119,7 +122,7 @@ class _Case:
 def _inputs(launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys, length: int) -> _Case:
     """Stress inputs that get the call's machine code: its kinds of masks and strides, fewer rows, heads and sequences."""
     constants, dtype, device = launch.constants, q.dtype, q.device
-    group, decode = constants["G"], launch.kernel == "decode"
+    group, decode, even = constants["G"], launch.kernel == "decode", length == LENGTHS[0]
     if decode and constants["MASK"] and not constants["SCAN"]:
         length += launches._SCANNED  # a mask longer than the kernel reads itself
     rows = min(q.shape[2], 16 if decode else 2 * max(1, constants["BM"] // group) + 5)
@@ -127,25 +130,25 @@ def _inputs(launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k
     page = constants.get("PAGE", 0)
     # One head of K and V where the call shows one many times, and where many query heads share one.
     kv_heads = 1 if k.stride(1) == 0 or group * constants["SHARE"] > 4 else min(k.shape[1], 2)
-    batch = 2 if q.shape[0] > 1 or all(t.stride(0) > 1 for t in (q, k, v)) else 1
     heads = kv_heads * group * constants["SHARE"]
-    query, key, value = (
-        t.to(device) for t in stress((heads, kv_heads), rows, length, max(q.shape[3], v.shape[3]), dtype, batch)
-    )
-    query, key, value = query[..., : q.shape[3]], key[..., : q.shape[3]], value[..., : v.shape[3]]
+    batch = 2 if heads * rows * v.shape[3] >= 1024 else 8
+    if q.shape[0] == 1 and min(t.stride(0) for t in (q, k, v)) <= 1:
+        batch = 1  # that stride has machine code of its own
+    odd = torch.arange(batch, dtype=torch.int32, device=device) % 2
 
     # What each row sees: [batch, heads, rows, length]. The rows are the last ones.
     counted = torch.full((batch,), length, dtype=torch.int32, device=device)
     if keys.lengths is not None:
-        counted -= torch.arange(batch, dtype=torch.int32, device=device) * 131
-    starts = torch.zeros(batch, dtype=torch.int32, device=device)
+        counted -= odd * 131
+    periods = counted // _PERIOD
+    starts = torch.zeros_like(counted)
     if keys.starts is not None:
-        starts += torch.tensor([37, 200], dtype=torch.int32, device=device)[:batch]
+        starts += counted - _PERIOD * (periods - odd)
     at, row = torch.arange(length, device=device), torch.arange(rows, device=device)
     end = counted[:, None].expand(batch, rows)
     if constants["CAUSAL"]:
         end = torch.minimum(end, row[None] + (counted - rows)[:, None] + 1)
-    window = 300 if keys.window else 0  # the keys of more than one split
+    window = 3 * _PERIOD if keys.window else 0
     low = torch.maximum(starts[:, None], end - window) if window else starts[:, None].expand(batch, rows)
     seen = ((at >= low[..., None]) & (at < end[..., None]))[:, None].expand(batch, heads, rows, length)
     added = torch.zeros(batch, heads, rows, length, device=device).masked_fill(~seen, -math.inf)
@@ -155,6 +158,8 @@ def _inputs(launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k
         mask, own = _mask(keys.added, (batch, heads, rows, length))
         added = added + own
         first = None  # blocks are counted from a row's first unmasked key
+    depths = q.shape[3], v.shape[3]
+    query, key, value = _stress(counted, (heads, kv_heads), rows, length, depths, dtype, even)
 
     table, paged_k, paged_v = None, key, value
     if page:
@@ -174,18 +179,65 @@ def _inputs(launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k
     return _Case(given, again, stride, plain, added, first)  # type: ignore[arg-type]
 
 
+def _stress(
+    counted: torch.Tensor,
+    heads: tuple[int, int],
+    rows: int,
+    length: int,
+    depths: tuple[int, int],
+    dtype: torch.dtype,
+    even: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """query, key and value of ``length`` keys, of which sequence b sees the first ``counted[b]``.
+
+    A quarter of the values is large, and cancels: counted from the sequence's end, a key of the first half of a period has
+    its negative half a period on, with the same weight. What is left is small and shows what was rounded away. Whoever
+    sees whole periods up to the end sees all of them cancel: exactly where they are ``even``, all of one weight, 1, which
+    is the greatest of every block; else as nearly as a weight that was rounded twice does, beside maxima that change.
+    """
+    device, batch = counted.device, len(counted)
+    draw = torch.Generator(device).manual_seed(length * 1009 + depths[0])
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=draw, device=device).float()
+
+    query = integers(-255, 256, batch, heads[0], rows, depths[0]) / 128
+    key = integers(-255, 256, batch, heads[1], length, depths[0]) / 128
+    spread = integers(*((-11, -3) if even else (-14, -4)), batch, heads[1], length, 1)
+    value = torch.ldexp(integers(-255, 256, batch, heads[1], length, depths[1]), spread)
+    for b in range(batch):
+        whole = int(counted[b]) // _PERIOD * _PERIOD
+        near = torch.arange(whole, device=device).view(-1, 2, _PERIOD // 2)[:, 0].reshape(-1)
+        near = int(counted[b]) - 1 - near[torch.randint(0, 4, near.shape, generator=draw, device=device) == 0]
+        far = near - _PERIOD // 2
+        large = integers(1, 256, heads[1], len(near), depths[1]) * 128
+        value[b, :, near], value[b, :, far] = large, -large
+        key[b, :, far] = key[b, :, near]
+        if even:
+            pair = torch.cat([near, far])
+            key[b, :, pair], key[b, :, pair, 0] = 0.0, 6 * depths[0] ** 0.5
+            query[b, :, :, 0] = 1.0
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
 def _mask(mask: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a mask of the kind of ``mask`` for ``shape``, what it adds): rows with holes, padding, and one that sees nothing."""
+    """(a mask of the kind of ``mask`` for ``shape``, what it adds): rows with holes, padding, and one that sees nothing.
+
+    What cancels is hidden together.
+    """
     own = [1 if stride == 0 else n for n, stride in zip(shape, mask.stride(), strict=True)]
+    periods, half = own[3] // _PERIOD, _PERIOD // 2
     draw = torch.Generator(mask.device).manual_seed(9)
-    holes = torch.randint(0, 10, own, generator=draw, device=mask.device) < 7
-    holes[..., :41] = False
+    drawn = torch.randint(0, 10, (*own[:3], periods, 1, half), generator=draw, device=mask.device) < 7
+    seen = torch.zeros(own, dtype=torch.bool, device=mask.device)
+    seen[..., own[3] - periods * _PERIOD :] = drawn.expand(*own[:3], periods, 2, half).flatten(3).flip(-1)
     if own[2] > 5:
-        holes[:, :, 5] = False
-    added = torch.zeros(own, device=mask.device).masked_fill(~holes, -math.inf)
+        seen[:, :, 5] = False
+    added = torch.zeros(own, device=mask.device).masked_fill(~seen, -math.inf)
     if mask.dtype is torch.bool:
-        return _like(mask, holes.expand(shape)), added
-    added = torch.where(holes, torch.arange(own[3], device=mask.device) % 11 / 4, added)
+        return _like(mask, seen.expand(shape)), added
+    from_end = own[3] - 1 - torch.arange(own[3], device=mask.device)
+    added = added + from_end % half % 11 / 4
     return _like(mask, added.to(mask.dtype).expand(shape)), added
 
 
