@@ -33,7 +33,8 @@ SWEPT = {
 class Axis:
     """A way of running a model; ``needs`` gives the reason why a model cannot be run so, or None.
 
-    ``off``: it can be run with the policy off too. ``located``: the operation behind a difference can be looked for.
+    ``off``: it can be run with the policy off too. ``eager``: the same steps as operations that can be watched, where those of
+    ``way`` cannot be.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Axis:
     way: Way | None
     needs: Callable[[Model], str | None] = lambda _: None
     off: bool = True
-    located: bool = True
+    eager: Way | None = None
 
 
 def _masks(model: Model) -> str | None:
@@ -105,11 +106,11 @@ AXES = (
     Axis("static-cache", "a KV cache of fixed size", schedules.static_cache, _transformers),
     Axis("speculative", "several decoded tokens in one step", schedules.speculative, _decodes),
     Axis("threads", "the number of threads", schedules.threads, _cpu),
-    Axis("paged", "a paged KV cache, requests packed", paged.paged, paged.needs, located=False),
+    Axis("paged", "a paged KV cache, requests packed", paged.paged, paged.needs),
     Axis("collectives", "paths of sums over ranks", schedules.collectives, _ranked),
-    Axis("compiled", "torch.compile", schedules.compiled, off=False, located=False),
-    Axis("graph", "a CUDA graph against eager", captured.graph, _graph, located=False),
-    Axis("streams", "CUDA streams", captured.streams, _gpu, located=False),
+    Axis("compiled", "torch.compile", schedules.compiled, off=False, eager=schedules.prefill_decode),
+    Axis("graph", "a CUDA graph against eager", captured.graph, _graph, eager=captured.graph_eagerly),
+    Axis("streams", "CUDA streams", captured.streams, _gpu, eager=captured.streams_in_turn),
     Axis(
         "tp",
         "the tensor-parallel size",

@@ -52,6 +52,19 @@ def graph(model: Model, rng: random.Random) -> Iterator[Rows]:
         yield Rows(f"a graph of one step, batch {len(batch)}, {size} slots", parts, logits.clone())
 
 
+def graph_eagerly(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """The steps of ``graph`` with no graph: the same batch, tokens and slots."""
+    from transformers import StaticCache
+
+    batch = company(model, rng, 4)
+    start, end = model.prompts[batch[0]], len(model.tokens[batch[0]])
+    size = end + rng.randint(1, 40)
+    cache = StaticCache(config=model.module.config, max_cache_len=size)
+    for first, last in [(0, start), *((i, i + 1) for i in range(start, end))]:
+        logits, _ = model([model.tokens[i][first:last] for i in batch], cache)
+        yield Rows(f"no graph, {size} slots", [Part(i, first, last) for i in batch], logits)
+
+
 def rewind(cache: Any, length: int) -> None:
     """Have a static cache go on after its first ``length`` positions: what it holds of the others is written again."""
     for layer in cache.layers:
@@ -78,4 +91,12 @@ def streams(model: Model, rng: random.Random) -> Iterator[Rows]:
         torch.cuda.current_stream().wait_stream(side)
     for turn, (number, logits) in enumerate(found):
         parts = [Part(i, 0, len(model.tokens[i])) for i in batches[number]]
-        yield Rows(f"stream {turn} of 3, the first two at once", parts, logits)
+        yield Rows(f"stream {turn} of 3, the first two at once", parts, logits, turn - len(found))
+
+
+def streams_in_turn(model: Model, rng: random.Random) -> Iterator[Rows]:
+    """The batches of ``streams``, one after another on the current stream."""
+    batches = [company(model, rng, 4), company(model, rng, 4)]
+    for batch in batches:
+        logits, _ = model([model.tokens[i] for i in batch])
+        yield Rows("one after another", [Part(i, 0, len(model.tokens[i])) for i in batch], logits)

@@ -37,7 +37,7 @@ def needs(model: Model) -> str | None:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """One forward pass of the packed batch: its tokens, their positions, where segments end, and the rows of logits."""
 
     tokens: list[int]
@@ -45,10 +45,28 @@ class _Seen:
     ends: list[int]
     indices: list[int]
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    given: dict[str, Any] = field(default_factory=dict)
+    attention: str = ""
+
+    @property
+    def keys(self) -> list[int]:
+        """Where each segment's keys end among those of all; of a pass that was kept."""
+        found: list[int] = next(iter(self.given["cu_seq_lens_k"].values())).tolist()
+        return found
 
 
 def paged(model: Model, rng: random.Random) -> Iterator[Rows]:
     """Some requests together, in pages of a random size and pieces of a random number of tokens."""
+    batch, words, calls = packed(model, rng)
+    for number, seen in enumerate(calls):
+        rows = rows_of(seen, model.tokens, batch)
+        if rows:
+            parts = [Part(request, position, position + 1) for _, request, position in rows]
+            yield Rows(words, parts, seen.logits[[row for row, _, _ in rows]][:, None], number - len(calls))
+
+
+def packed(model: Model, rng: random.Random, keep: bool = False) -> tuple[list[int], str, list[Seen]]:
+    """The run of ``paged``: its requests, how they were run, and every forward pass, with ``keep`` so as to run it again."""
     from transformers.generation import configuration_utils
 
     library: Any = configuration_utils  # untyped in transformers
@@ -70,7 +88,7 @@ def paged(model: Model, rng: random.Random) -> Iterator[Rows]:
     )
     greedy = library.GenerationConfig(max_new_tokens=steps, do_sample=False, eos_token_id=-1, pad_token_id=0)
     prompts = [model.tokens[i][: model.prompts[i]] for i in batch]
-    with _Watch(model.module) as watch:
+    with _Watch(model.module, keep) as watch:
         # warmup: CUDA graphs alone need one.
         found = model.module.generate_batch(
             inputs=prompts, generation_config=greedy, continuous_batching_config=how, warmup=False
@@ -80,12 +98,7 @@ def paged(model: Model, rng: random.Random) -> Iterator[Rows]:
         if "is refused" in said:
             raise RefusedError(said)
         raise InfrastructureError(f"transformers' continuous batching answered {len(found)} of {len(prompts)}: {said}")
-    words = f"{len(batch)} requests, pages of {page}, at most {most} tokens at once"
-    for seen in watch.calls:
-        rows = _rows(seen, model.tokens, batch)
-        if rows:
-            parts = [Part(request, position, position + 1) for _, request, position in rows]
-            yield Rows(words, parts, seen.logits[[row for row, _, _ in rows]][:, None])
+    return batch, f"{len(batch)} requests, pages of {page}, at most {most} tokens at once", watch.calls
 
 
 def apart(tokens: Sequence[Sequence[int]], prompts: Sequence[int], order: Sequence[int]) -> list[int]:
@@ -102,7 +115,7 @@ def _told(a: Sequence[int], b: Sequence[int], first: int) -> bool:
     return all(a[p] != b[p] or list(a[: p + 1]) == list(b[: p + 1]) for p in shared)
 
 
-def _rows(seen: _Seen, tokens: Sequence[Sequence[int]], batch: Sequence[int]) -> list[tuple[int, int, int]]:
+def rows_of(seen: Seen, tokens: Sequence[Sequence[int]], batch: Sequence[int]) -> list[tuple[int, int, int]]:
     """(row of logits, request, position) of each row whose segment of the packed batch is some request's.
 
     A segment that is nobody's follows a token that was chosen otherwise: the row that chose it has been compared.
@@ -119,11 +132,21 @@ def _rows(seen: _Seen, tokens: Sequence[Sequence[int]], batch: Sequence[int]) ->
     return found
 
 
+def copied(value: Any) -> Any:
+    """What a forward pass is given, its tensors as copies; the cache is the one that it was."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {name: copied(item) for name, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
+
+
 class _Watch:
     """Hooks on a model that keep what each forward pass of the packed batch is given and gives."""
 
-    def __init__(self, module: Any) -> None:
-        self.calls: list[_Seen] = []
+    def __init__(self, module: Any, keep: bool) -> None:
+        self.calls: list[Seen] = []
+        self._keep = keep
         self._module = module
         self._handles: list[Any] = []
 
@@ -141,7 +164,10 @@ class _Watch:
     def _before(self, _: Any, __: Any, given: dict[str, Any]) -> None:
         ends = given["cu_seq_lens_q"].tolist()
         tokens, positions = given["input_ids"][0].tolist(), given["position_ids"][0].tolist()
-        self.calls.append(_Seen(tokens, positions, ends, given["logits_indices"].tolist()))
+        self.calls.append(Seen(tokens, positions, ends, given["logits_indices"].tolist()))
+        if self._keep:
+            self.calls[-1].given = copied(given)  # transformers writes the next pass's into the same tensors
+            self.calls[-1].attention = str(self._module.config._attn_implementation)
 
     def _after(self, _: Any, __: Any, output: Any) -> None:
         seen, logits = self.calls[-1], output.logits[0]

@@ -42,11 +42,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Rows:
-    """One call's logits [B, S, vocabulary], what is in each of its rows, and how they came to be."""
+    """One call's logits [B, S, vocabulary], what is in each of its rows, and how they came to be.
+
+    ``call``: which of the model's calls it was, counted from the end as they were when it was handed out.
+    """
 
     how: str
     parts: list[Part]
     logits: torch.Tensor
+    call: int = -1
 
     @property
     def places(self) -> list[tuple[int, int]]:

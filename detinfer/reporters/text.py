@@ -169,6 +169,8 @@ def show_cause(cause: Cause, console: Console) -> None:
         console.print(f"    only here, before it: {', '.join(cause.only_there)}", soft_wrap=True)
     if cause.batch is not None:
         console.print(f"    smallest batch that shows it: {cause.batch}, of requests {cause.requests}")
+    if cause.note:
+        console.print(f"    {cause.note}", soft_wrap=True)
     for side, names in (("alone", cause.kernels_alone), ("here", cause.kernels_other)):
         if names:
             console.print(f"    kernels {side}: {', '.join(names)}", soft_wrap=True)

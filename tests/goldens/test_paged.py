@@ -85,7 +85,7 @@ def test_requests_that_a_token_cannot_tell_apart_do_not_run_together() -> None:
 def test_rows_of_a_packed_batch() -> None:
     """A piece of a prompt, a decoded token, a place that is not used, and a segment that is nobody's."""
     tokens = [[5, 6, 7, 8, 9], [1, 2, 3, 4, 6]]
-    seen = paged._Seen([7, 8, 6, 3, 9], [2, 3, 4, 2, 4], [0, 2, 3, 4, 5], [1, 2, 0, 4, 3])
-    assert paged._rows(seen, tokens, [0, 1]) == [(0, 0, 3), (1, 1, 4), (3, 0, 4), (4, 1, 2)]
-    other = paged._Seen([9], [3], [0, 1], [0])
-    assert paged._rows(other, tokens, [0, 1]) == []
+    seen = paged.Seen([7, 8, 6, 3, 9], [2, 3, 4, 2, 4], [0, 2, 3, 4, 5], [1, 2, 0, 4, 3])
+    assert paged.rows_of(seen, tokens, [0, 1]) == [(0, 0, 3), (1, 1, 4), (3, 0, 4), (4, 1, 2)]
+    other = paged.Seen([9], [3], [0, 1], [0])
+    assert paged.rows_of(other, tokens, [0, 1]) == []

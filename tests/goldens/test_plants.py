@@ -1,4 +1,4 @@
-"""Ten faults that real systems have had, each put in by a script of its own, each located: module and operation."""
+"""Faults that real systems have had, each put in by a script of its own, each located: module and operation."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ CASES = [
     ("scale_by_batch", "builtin:dense", "batch", r"\.(down|o)_proj$", {"aten::amax"}),
     ("top_k_tie", "builtin:moe", "batch", r"\.top_k$", {"aten::argmax", "aten::round"}),
     ("rope_by_chunk", "builtin:dense", "chunks", r"\.layers\.0\.self_attn$", {"aten::mul.Tensor"}),
+    ("scale_by_pages", "llama", "paged", r"\.layers\.0\.self_attn$", {"aten::scaled_dot_product_attention"}),
+    ("compiled_norm", "llama", "compiled", r"\.layers\.0\.\w+_layernorm$", {"LlamaRMSNorm"}),
 ]
 
-AGAIN = ("split_k_by_rows", "padding_leak", "rope_by_chunk")
+AGAIN = ("split_k_by_rows", "padding_leak", "rope_by_chunk", "scale_by_pages")
 """Located a second time, from the saved result: a unit of a batch, an axis of transformers' model, one of ours."""
 
 
@@ -83,8 +85,16 @@ def test_a_plant_is_located(
         assert len((tmp_path / "show" / "show.py").read_text().splitlines()) < 50
 
 
-@pytest.mark.parametrize("axes", ["batch", "chunks,prefix,speculative"])
-@pytest.mark.parametrize("model", ["builtin:dense", "builtin:moe"])
+@pytest.mark.parametrize(
+    ("model", "axes"),
+    [
+        ("builtin:dense", "batch"),
+        ("builtin:moe", "batch"),
+        ("builtin:dense", "chunks,prefix,speculative"),
+        ("builtin:moe", "chunks,prefix,speculative"),
+        ("llama", "paged,compiled"),
+    ],
+)
 def test_nothing_is_planted(model: str, axes: str, goldens: dict[str, Path], tmp_path: Path) -> None:
     """The sound models diverge nowhere, and there is nothing to locate."""
     report = tmp_path / "result.json"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from detinfer import bits
 from detinfer.goldens.axes import AXES, SWEPT
-from detinfer.goldens.cause import align
+from detinfer.goldens.cause import align, packed
+from detinfer.goldens.cause.layers import Calls, first_layer
 from detinfer.goldens.cause.locate import Located, by_batch, by_spans, locate
 from detinfer.goldens.cause.operations import Run, Watch, watch
 from detinfer.goldens.collect import phase
@@ -17,7 +19,7 @@ from detinfer.goldens.compare import compare
 from detinfer.goldens.replay import Replay
 from detinfer.goldens.result import Divergence
 from detinfer.goldens.runner import Request, Target, run
-from detinfer.goldens.schedules import Model
+from detinfer.goldens.schedules import Model, Way
 from detinfer.goldens.sweep import EDGES, Key, Trial
 
 
@@ -109,51 +111,94 @@ class _numbered:
         pass
 
 
+_ONLY = {"compiled": "as compiled", "graph": "under the graph's replay", "streams": "on other streams"}
+"""Where bits differ on an axis whose steps agree when they are run eagerly."""
+
+
 def _of_axis(target: Target, requests: Sequence[Request], name: str, first: Divergence, seed: int) -> Located | None:
     axis = next(axis for axis in AXES if axis.name == name)
-    if axis.way is None or not axis.located or target.kind != "causal_lm":
+    if axis.way is None or target.kind != "causal_lm":
         return None
-    way, request = axis.way, first.request
-    model = Model(target, requests)
+    model, draw = Model(target, requests), f"{seed}/{name}/{first.trial}"
+    if name == "paged":
+        return packed.find(model, random.Random(draw), first.request)
+    found = _of_way(model, axis.eager or axis.way, draw, first.request)
+    if axis.eager is None:
+        return found
+    if found is not None:
+        return replace(found, cause=replace(found.cause, note="run eagerly, the same steps differ too"))
+    alike = (
+        f"run eagerly, the same steps agree: bits differ only {_ONLY[name]}, and this is the first module that shows it"
+    )
+    return _of_layers(model, axis.way, draw, first.request, alike)
+
+
+def _of_way(model: Model, way: Way, draw: str, request: int) -> Located | None:
     calls: list[tuple[align.Sizes, list[align.Span]]] = []
 
     def other(mode: Watch) -> None:
         calls.clear()
-        counted = _Counted(target, requests, mode, calls)
-        for rows in way(counted, random.Random(f"{seed}/{name}/{first.trial}")):
-            spans = [
-                align.Span(row, part.at, part.start, part.end - part.start, part.gap, part.keys)
-                for row, part in enumerate(rows.parts)
-                if part.request == request
-            ]
-            calls[-1][1].extend(spans)
+        with _counted(model, mode, calls):
+            for rows in way(model, random.Random(draw)):
+                spans = [
+                    align.Span(row, part.at, part.start, part.end - part.start, part.gap, part.keys)
+                    for row, part in enumerate(rows.parts)
+                    if part.request == request
+                ]
+                calls[rows.call][1].extend(spans)
 
     watch(other)  # for the sizes, which say how long the run alone has to be
-    taken = sorted({size for many, _ in calls for size in (many.batch, many.tokens, many.keys)})
-    tokens = model.tokens[request]
-    length = align.lonely(len(tokens), taken)
-    padded = [*tokens, *[tokens[-1]] * (length - len(tokens))]  # what comes after changes nothing before
-    one = align.Sizes(1, length, length)
+    padded = _padded(model, request, [size for many, _ in calls for size in (many.batch, many.tokens, many.keys)])
+    one = align.Sizes(1, len(padded), len(padded))
     sizes = list(calls)
     return locate(lambda _: _prefill(model, padded), other, by_spans(one, sizes), integers=False)
+
+
+def _of_layers(model: Model, way: Way, draw: str, request: int, note: str) -> Located | None:
+    sizes = Calls(model.module)
+    with sizes.watching():
+        for _ in way(model, random.Random(draw)):
+            pass
+    padded = _padded(model, request, [size for many in sizes.sizes for size in (many.batch, many.tokens)])
+    with Calls(model.module).watching() as alone:
+        _prefill(model, padded)
+    with Calls(model.module).watching() as calls:
+        rows = way(model, random.Random(draw))
+        one = align.Sizes(1, len(padded), len(padded))
+        return first_layer(model.module, alone.outputs[0], one, request, rows, calls, note)
+
+
+def _padded(model: Model, request: int, taken: Sequence[int]) -> list[int]:
+    """A request's tokens and more, so many that their number is no other size: what comes after changes nothing before."""
+    tokens = model.tokens[request]
+    length = align.lonely(len(tokens), sorted(set(taken)))
+    return [*tokens, *[tokens[-1]] * (length - len(tokens))]
 
 
 def _prefill(model: Model, tokens: Sequence[int]) -> None:
     model([tokens])
 
 
-class _Counted(Model):
-    """A model whose calls are numbered, with the sizes of each."""
+@contextmanager
+def _counted(model: Model, mode: Watch, calls: list[Any]) -> Iterator[None]:
+    """Number the calls of a model, and keep the sizes of each."""
 
-    def __init__(self, target: Target, requests: Sequence[Request], mode: Watch, calls: list[Any]) -> None:
-        super().__init__(target, requests)
-        self._mode, self._calls = mode, calls
+    def before(_: Any, __: Any, ___: Any) -> None:
+        mode.call = len(calls)
 
-    def __call__(self, rows: Sequence[Sequence[int]], cache: Any = None, **more: Any) -> tuple[Any, Any]:
-        self._mode.call = len(self._calls)
-        logits, cache = super().__call__(rows, cache, **more)
-        self._calls.append((align.Sizes(len(rows), len(rows[0]), _keys(cache)), []))
-        return logits, cache
+    def after(_: Any, __: Any, given: dict[str, Any], output: Any) -> None:
+        batch, length = given["input_ids"].shape
+        calls.append((align.Sizes(batch, length, _keys(output.past_key_values)), []))
+
+    handles = [
+        model.module.register_forward_pre_hook(before, with_kwargs=True),
+        model.module.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @bits.unseen

@@ -29,13 +29,15 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Located:
-    """The cause, and the operation of both runs with its arguments: enough to show it without the model."""
+    """The cause, and the operation of both runs with its arguments: enough to show it without the model.
+
+    Of a module whose operations could not be watched there are no ``operations``.
+    """
 
     cause: Cause
-    alone: Operation
-    other: Operation
-    result: int
-    part: Pair
+    operations: tuple[Operation, Operation] | None = None
+    result: int = 0
+    part: Pair = ((), ())
 
 
 @bits.unseen
@@ -79,7 +81,7 @@ def locate(alone: Run, other: Run, parts: Parts, prefix: str = "", integers: boo
     cause = _cause(one, many, place, pair, lambda a, b: parts(right[number].call, a, b))
     extra = [key.name for i, key in enumerate(right[:number]) if i not in beside and key.path == many.key.path]
     return Located(
-        replace(cause, path=_path(many.key, prefix), only_there=list(dict.fromkeys(extra))), one, many, place, pair
+        replace(cause, path=_path(many.key, prefix), only_there=list(dict.fromkeys(extra))), (one, many), place, pair
     )
 
 

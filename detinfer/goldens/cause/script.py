@@ -49,8 +49,13 @@ sys.exit(int(differs.any()))
 def write(found: Located, folder: Path, scope: str | None) -> Path:
     """Write the script and its operands into ``folder``; ``scope`` is the policy's, None for none. Returns the script.
 
-    Raises UsageError where the folder holds other files.
+    Raises UsageError where the folder holds other files, and where a module was found and no operation.
     """
+    if found.operations is None:
+        raise UsageError(
+            f"--script {folder}: {found.cause.path} was found, and no operation in it that a script could run"
+        )
+    one, many = found.operations
     if folder.exists() and any(file.name not in (SCRIPT, TENSORS) for file in folder.iterdir()):
         raise UsageError(f"{folder}: holds other files; give a folder of its own for the script")
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +92,8 @@ def write(found: Located, folder: Path, scope: str | None) -> Path:
         name=f"{name.replace('::', '.')}.{overload or 'default'}",
         result=found.result,
         around=f"detinfer.deterministic({scope!r})" if scope else "torch.no_grad()",
-        alone=call(found.alone, "alone"),
-        other=call(found.other, "other"),
+        alone=call(one, "alone"),
+        other=call(many, "other"),
         alone_part=_place(found.part[0]),
         other_part=_place(found.part[1]),
     )

@@ -1,0 +1,118 @@
+"""The first module whose output differs: for runs whose operations cannot be watched, as a graph's replays cannot.
+
+What each module gives is kept as the tensors that it gave: of a captured graph they are the places that every replay writes
+to again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from detinfer import bits
+from detinfer.goldens.cause import align
+from detinfer.goldens.cause.align import Pair
+from detinfer.goldens.cause.locate import Located, same
+from detinfer.goldens.result import Cause
+from detinfer.goldens.schedules import Part, Rows
+from detinfer.models.targets import tensors
+
+Outputs = dict[tuple[str, int], list[torch.Tensor]]
+"""By a module's name, and how often it was called before in the same pass: what it gave, in the order in which it ended."""
+
+
+class Calls:
+    """Every pass of a model while ``watching``: the sizes of its batch, and what each module gave."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.sizes: list[align.Sizes] = []
+        self.outputs: list[Outputs] = []
+        self._module = module
+
+    @contextmanager
+    def watching(self) -> Iterator[Calls]:
+        """Hooks on all modules."""
+        handles = [self._module.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for name, part in self._module.named_modules():
+            handles.append(part.register_forward_hook(self._ends(name)))
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, _: nn.Module, __: Any, given: dict[str, Any]) -> None:
+        batch, length = given["input_ids"].shape
+        self.sizes.append(align.Sizes(batch, length, 0))
+        self.outputs.append({})
+
+    def _ends(self, name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if self.outputs:
+                held, again = self.outputs[-1], 0
+                while (name, again) in held:
+                    again += 1
+                held[name, again] = [t for t in tensors(_values(output)) if t.is_floating_point()]
+
+        return hook
+
+
+def _values(output: Any) -> list[Any]:
+    if isinstance(output, dict):
+        return list(output.values())
+    return list(output) if isinstance(output, list | tuple) else [output]
+
+
+@bits.unseen
+def first_layer(
+    module: nn.Module, alone: Outputs, one: align.Sizes, request: int, rows: Iterable[Rows], calls: Calls, note: str
+) -> Located | None:
+    """The first module whose output for ``request`` differs from ``alone``; ``rows`` is a way run under ``calls``."""
+    for found in rows:
+        sizes, outputs = calls.sizes[found.call], calls.outputs[found.call]
+        for (name, again), held in outputs.items():
+            for expected, got in zip(alone.get((name, again), []), held, strict=False):
+                for pair in _pairs(expected, got, one, sizes, request, found.parts):
+                    if not same(expected, got, pair):
+                        return Located(_cause(module, name, expected, got, pair, note))
+    return None
+
+
+def _pairs(
+    expected: torch.Tensor,
+    got: torch.Tensor,
+    one: align.Sizes,
+    sizes: align.Sizes,
+    request: int,
+    parts: Sequence[Part],
+) -> Iterator[Pair]:
+    for row, part in enumerate(parts):
+        if part.request == request:
+            span = align.Span(row, part.at, part.start, part.end - part.start, part.gap, part.keys)
+            pair = align.rows_of_span(expected, got, one, sizes, span)
+            if pair is not None:
+                yield pair
+
+
+def _cause(module: nn.Module, name: str, expected: torch.Tensor, got: torch.Tensor, pair: Pair, note: str) -> Cause:
+    ours, theirs = expected[pair[0]], got[pair[1]]
+    found = bits.first_mismatch(theirs, ours)
+    assert found is not None
+    return Cause(
+        operation=type(module.get_submodule(name)).__name__,
+        path=".".join(filter(None, [type(module).__name__, name])),
+        dtype=bits.dtype_name(got.dtype),
+        alone=align.shape([expected]),
+        other=align.shape([got]),
+        index=found.index,
+        got=found.got,
+        expected=found.expected,
+        ulp=found.ulp,
+        elements=theirs.numel(),
+        elements_differing=bits.count_mismatches(theirs, ours),
+        note=note,
+    )
