@@ -14,6 +14,9 @@ import nox
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
 
+# Several processes share the cores, each with a thread for every core: one that waits for another must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 REPORTS = Path("build/reports")
 ELSEWHERE = {"build": "tests/test_packaging.py", "docs": "tests/test_docs.py"}
 """Test files that a session of their own runs."""

@@ -102,8 +102,10 @@ def _torch(python: Path) -> None:
 def _pip(python: Path, *arguments: str) -> None:
     start = time.monotonic()
     _say("pip install " + " ".join(arguments))
-    command = [str(python), "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check", *arguments]
-    if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode != 0:
+    command = [str(python), "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
+    # Of the ten thousand files most are never imported; what is, Python compiles then, unless it was told not to.
+    command += [] if os.environ.get("PYTHONDONTWRITEBYTECODE") else ["--no-compile"]
+    if subprocess.run([*command, *arguments], stdin=subprocess.DEVNULL, check=False).returncode != 0:
         sys.exit("the installation failed; pip's lines above say why")
     _say(f"  done in {time.monotonic() - start:.0f} s")
 

@@ -2,8 +2,9 @@
 
     python scripts/goldens.py [FOLDER ...]
 
-Runs in an environment that has the project (scripts/environment.py makes one); called by the nox session `goldens`. As
-many checks run at a time as there are CPUs: most of each is spent starting Python and importing torch.
+Runs in an environment that has the project (scripts/environment.py makes one); called by the nox session `goldens`. A
+process works for one setting and goes through all goldens, as importing torch takes longer than most of the checks; the
+two recordings of a golden are made by two processes. As many processes run at a time as there are CPUs.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,9 @@ SETTINGS: dict[str, dict[str, str]] = {
     "torch's lowest capability": {"ATEN_CPU_CAPABILITY": "default"},
 }
 """Variables that must not change a golden's verdict; the goldens here hold portable operations only."""
+
+Outcome = tuple[bool, float, str]
+"""Whether a check passed, the seconds it took, what to print where it did not."""
 
 
 def settings() -> dict[str, dict[str, str]]:
@@ -43,11 +45,26 @@ def main(arguments: list[str]) -> int:
     """Check every golden; 0 where all hold, else 1."""
     folders = [Path(argument).resolve() for argument in arguments]
     folders = folders or sorted(path.parent for path in (CHECKOUT / "goldens").rglob("manifest.json"))
+    manifests = {os.path.relpath(path, CHECKOUT): json.loads((path / "manifest.json").read_text()) for path in folders}
     failures = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        todo = [(name, pool.submit(check)) for name, check in checks(folders)]
-        for name, done in todo:
-            failures += not report(name, *done.result())
+    for name, manifest in manifests.items():
+        failures += not report(f"{name}: a reason is written", *has_reason(manifest))
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(os.cpu_count()) as pool:
+        recordings = [pool.submit(detinfer, {}, record(manifests, Path(place), turn)) for turn in ("1", "2")]
+        todo: list[tuple[str, list[str], Future[list[Outcome]]]] = []
+        for setting, variables in settings().items():
+            # csrc alone computes vectors: torch's settings are not in them.
+            names = [
+                n for n, m in manifests.items() if m.get("kind") != "vectors" or not (setting in SETTINGS and variables)
+            ]
+            commands = [["verify", name, "--n-trials", TRIALS] for name in names]
+            todo.append((setting, names, pool.submit(detinfer, variables, commands)))
+        for name, *both in zip(manifests, *(done.result() for done in recordings), strict=True):
+            folder = name.replace(os.sep, "_")
+            failures += not report(f"{name}: record twice", *alike(both, [Path(place, t, folder) for t in ("1", "2")]))
+        for setting, names, done in todo:
+            for name, outcome in zip(names, done.result(), strict=True):
+                failures += not report(f"{name}: verify, {setting}", *outcome)
     print(f"{len(folders)} goldens, {failures} failed checks", flush=True)
     if not folders:
         print("there is no golden to check: goldens/ holds no manifest.json", flush=True)
@@ -55,24 +72,12 @@ def main(arguments: list[str]) -> int:
     return int(failures > 0)
 
 
-Outcome = tuple[bool, float, str]
-"""Whether a check passed, the seconds it took, what to print where it did not."""
-
-
-def checks(folders: list[Path]) -> Iterator[tuple[str, Callable[[], Outcome]]]:
-    """Every check of every golden: its name, and what makes it."""
-    variants = settings()
-    for folder in folders:
-        name = os.path.relpath(folder, CHECKOUT)
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        yield f"{name}: a reason is written", partial(has_reason, manifest)
-        vectors = manifest.get("kind") == "vectors"  # csrc alone computes them: torch's settings are not in them
-        for setting, variables in variants.items():
-            if vectors and setting in SETTINGS and variables:
-                continue
-            verify = partial(detinfer, variables, "verify", name, "--n-trials", TRIALS)
-            yield f"{name}: verify, {setting}", verify
-        yield f"{name}: record twice", partial(record_twice, folder)
+def record(manifests: dict[str, dict[str, Any]], place: Path, turn: str) -> list[list[str]]:
+    """The command in each manifest, with a folder in ``place`` to write to."""
+    return [
+        [*shlex.split(manifest["command"])[1:], "--output", str(place / turn / name.replace(os.sep, "_"))]
+        for name, manifest in manifests.items()
+    ]
 
 
 def has_reason(manifest: dict[str, Any]) -> Outcome:
@@ -80,37 +85,64 @@ def has_reason(manifest: dict[str, Any]) -> Outcome:
     return bool(manifest["reason"].strip()), 0.0, "it has none"
 
 
-def record_twice(folder: Path) -> Outcome:
-    """Record two goldens with the command in the manifest, and compare all their bytes."""
-    command = shlex.split(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["command"])
-    start = time.monotonic()
-    found = []
-    with tempfile.TemporaryDirectory() as place:
-        for number in ("1", "2"):
-            output = Path(place) / number
-            done, _, text = detinfer({}, *command[1:], "--output", str(output))
-            if not done:
-                return False, time.monotonic() - start, text
-            found.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in output.iterdir()})
+def alike(outcomes: list[Outcome], outputs: list[Path]) -> Outcome:
+    """Whether two recordings were made and have the same bytes in all their files."""
+    seconds = sum(outcome[1] for outcome in outcomes)
+    for done, _, text in outcomes:
+        if not done:
+            return False, seconds, text
+    found = [
+        {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in output.iterdir()} for output in outputs
+    ]
     different = sorted(name for name in {*found[0], *found[1]} if found[0].get(name) != found[1].get(name))
-    return not different, time.monotonic() - start, f"these files differ: {', '.join(different)}"
+    return not different, seconds, f"these files differ: {', '.join(different)}"
 
 
-def detinfer(variables: dict[str, str], *arguments: str) -> Outcome:
-    """Run one command of detinfer from the checkout: whether its exit code is 0, seconds, its output."""
-    start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "detinfer", *arguments],
-        cwd=CHECKOUT,
-        env={**os.environ, **variables},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    text = f"$ detinfer {shlex.join(arguments)}\n{done.stdout}exit code {done.returncode}"
-    return done.returncode == 0, time.monotonic() - start, text
+def detinfer(variables: dict[str, str], commands: list[list[str]]) -> list[Outcome]:
+    """Run commands of detinfer one after the other in one process: whether each exit code is 0, seconds, its output."""
+    with tempfile.TemporaryDirectory() as place:
+        results, said = Path(place) / "results", Path(place) / "said"
+        with said.open("ab") as output:  # for appending: what ranks say is in it too
+            process = subprocess.run(
+                [sys.executable, __file__, "--commands", str(results), str(said)],
+                cwd=CHECKOUT,
+                env={**os.environ, **variables},
+                input=json.dumps(commands),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
+        lines = results.read_text().splitlines() if results.exists() else []
+        text = said.read_bytes()
+    found: list[Outcome] = []
+    end = 0
+    for words, line in zip(commands, lines, strict=False):
+        code, seconds, begin, end = json.loads(line)
+        found.append((code == 0, seconds, _text(words, text[begin:end], code)))
+    # A command that ended the process has written nothing, nor have those after it.
+    code = f"{process.returncode} of the process"
+    return found + [(False, 0.0, _text(words, text[end:], code)) for words in commands[len(found) :]]
+
+
+def _text(words: list[str], said: bytes, code: object) -> str:
+    return f"$ detinfer {shlex.join(words)}\n{said.decode(errors='replace')}exit code {code}"
+
+
+def run(results: Path, said: Path) -> None:
+    """In a process of its own: run the commands of standard input, and write how each ended and where its output is."""
+    sys.path[0] = str(CHECKOUT)  # as python -m has it: goldens/ holds targets
+    from detinfer import cli
+
+    commands = json.load(sys.stdin)
+    for words in commands:
+        start, begin = time.monotonic(), said.stat().st_size
+        sys.argv[1:] = words  # a manifest holds the command
+        code = cli.run()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with results.open("a") as file:
+            file.write(json.dumps([code, time.monotonic() - start, begin, said.stat().st_size]) + "\n")
 
 
 def report(check: str, passed: bool, seconds: float, text: str) -> bool:
@@ -122,4 +154,7 @@ def report(check: str, passed: bool, seconds: float, text: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if sys.argv[1:2] == ["--commands"]:
+        run(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        sys.exit(main(sys.argv[1:]))

@@ -2,10 +2,12 @@
 
     python scripts/interception.py [VERSION ...]     # 2.11.0 and newest where none is given
 
-The rows are tests/policy/test_distributed.py and test_front.py; a column is a torch. The column of the environment's own
-torch is part of the test suite. Another torch is installed alone, in build/torch-VERSION, 5 GB where the index has builds
-for GPUs only; what else is needed comes from this environment (scripts/environment.py makes one). An installed torch is kept:
-delete its folder to have it fetched again.
+The rows are tests/policy/test_distributed.py and test_front.py, and those of tests/cli/test_tp.py in which the launcher
+starts ranks that record a golden, and ranks that end with an error: it is built on torch's own, whose arguments change
+from one torch to the next. A column is a torch. The column of the environment's own torch is part of the test suite.
+Another torch is installed alone, in build/torch-VERSION, 5 GB where the index has builds for GPUs only; what else is
+needed comes from this environment (scripts/environment.py makes one). An installed torch is kept: delete its folder to
+have it fetched again.
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 VERSIONS = ("2.11.0", "newest")
 """The oldest torch that is supported, and what the index has."""
-ROWS = ("tests/policy/test_distributed.py", "tests/policy/test_front.py")
+ROWS = (
+    "tests/policy/test_distributed.py",
+    "tests/policy/test_front.py",
+    "tests/cli/test_tp.py::test_a_golden_names_its_ranks_and_holds_every_ranks_units",
+    "tests/cli/test_tp.py::test_an_error_of_every_rank_is_said_once",
+)
 REPORTS = CHECKOUT / "build" / "reports"
 
 
@@ -40,6 +47,7 @@ def column(version: str) -> int:
         venv.create(folder, clear=True, symlinks=os.name != "nt")
         wanted = "torch" if version == "newest" else f"torch=={version}"
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-input"]
+        pip += [] if os.environ.get("PYTHONDONTWRITEBYTECODE") else ["--no-compile"]
         if subprocess.run([*pip, wanted], stdin=subprocess.DEVNULL, check=False).returncode != 0:
             print(f"skipped  torch {version}: it cannot be installed here; pip's lines above say why", flush=True)
             shutil.rmtree(folder)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,22 +97,56 @@ def test_counts_are_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert script("check", monkeypatch).counts(tmp_path) == (9, 3, 3)
 
 
+@pytest.mark.parametrize(("front", "beside"), [("0", "0"), ("3", "0"), ("0", "4")])
+def test_a_session_beside_the_others(
+    front: str, beside: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both run at one time, what one of them says comes last, and the failure of either is the checks'."""
+    code = (
+        "import pathlib, sys, time\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "name, other, status = sys.argv[1:]\n"
+        "(here / name).touch()\n"
+        "while not (here / other).exists(): time.sleep(0.01)\n"
+        "print(name, flush=True)\n"
+        "sys.exit(int(status))"
+    )
+    script("environment", monkeypatch)
+    lanes = script("check", monkeypatch).lanes
+    status = lanes(
+        [sys.executable, "-c", code], dict(os.environ), ["front", "beside", front], ["beside", "front", beside]
+    )
+    assert status == int(front) + int(beside)
+    assert capfd.readouterr().out.split() == ["front", "beside"]
+    assert lanes([sys.executable, "-c", "raise SystemExit(5)"], dict(os.environ), ["alone"], []) == 5
+
+
 @pytest.mark.parametrize(("second", "same"), [(b"bytes", True), (b"bites", False)])
 def test_recording_twice_compares_bytes(
     second: bytes, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two recordings that differ in one byte are seen, and the file is named."""
+    """Two recordings that differ in one byte are seen, and the file is named; one that was not made is a failure."""
     goldens = script("goldens", monkeypatch)
-    (tmp_path / "manifest.json").write_text(json.dumps({"command": "detinfer record target --seed 3"}))
-    content = iter((b"bytes", second))
-
-    def detinfer(_: dict[str, str], *arguments: str) -> tuple[bool, float, str]:
-        assert arguments[:-1] == ("record", "target", "--seed", "3", "--output")
-        Path(arguments[-1]).mkdir()
-        (Path(arguments[-1]) / "tensors.safetensors").write_bytes(next(content))
-        return True, 0.0, ""
-
-    monkeypatch.setattr(goldens, "detinfer", detinfer)
-    passed, _, text = goldens.record_twice(tmp_path)
+    (words,) = goldens.record({"goldens/a": {"command": "detinfer record target --seed 3"}}, tmp_path, "1")
+    assert words == ["record", "target", "--seed", "3", "--output", str(tmp_path / "1" / "goldens_a")]
+    outputs = [tmp_path / "1", tmp_path / "2"]
+    for output, content in zip(outputs, (b"bytes", second), strict=True):
+        output.mkdir()
+        (output / "tensors.safetensors").write_bytes(content)
+    passed, _, text = goldens.alike([(True, 0.5, ""), (True, 0.5, "")], outputs)
     assert passed is same
     assert ("tensors.safetensors" in text) is not same
+    assert goldens.alike([(True, 0.5, ""), (False, 0.5, "why")], outputs) == (False, 1.0, "why")
+
+
+def test_commands_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own exit code and output; those that a process did not come to have failed."""
+    goldens = script("goldens", monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    commands = [["--help"], ["verify", "nothing-here"], ["--help"]]
+    found = goldens.detinfer({}, commands)
+    assert [passed for passed, _, _ in found] == [True, False, True]
+    assert found[0][2].startswith("$ detinfer --help") and "nothing-here" not in found[0][2]
+    assert "nothing-here" in found[1][2].partition("\n")[2] and found[1][2].endswith("exit code 4")
+    monkeypatch.setattr(goldens.sys, "executable", shutil.which("false"))
+    assert [passed for passed, _, _ in goldens.detinfer({}, commands)] == [False] * 3
