@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from detinfer import bits, native
@@ -318,9 +319,19 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def _all_of(t: torch.Tensor) -> torch.Tensor:
-    """The tensor that a rank's share is of; anything else is whole."""
-    whole: torch.Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
-    return whole
+    """The tensor that a rank's share is of, all ranks together; anything else is whole."""
+    if not hasattr(t, "full_tensor"):
+        return t
+    share: Any = t
+    how, local = share.placements[0], share.to_local()
+    factor = getattr(how, "split_factor", 1)
+    if factor == 1 or share.device_mesh.ndim > 1 or local.shape[how.dim] % factor:
+        whole: torch.Tensor = share.full_tensor()
+        return whole
+    # Packed weights (gate and up in one): a share holds a piece of each. torch 2.11 cannot put these together itself.
+    parts = [torch.empty_like(local) for _ in range(share.device_mesh.size())]
+    dist.all_gather(parts, local.contiguous(), group=share.device_mesh.get_group())
+    return torch.cat([part.chunk(factor, how.dim)[piece] for piece in range(factor) for part in parts], how.dim)
 
 
 def config_digest(module: nn.Module) -> str:

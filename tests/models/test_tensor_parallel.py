@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from detinfer.collectives.launch import launch
+from detinfer.models import targets
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))
@@ -21,7 +22,7 @@ NAMES = ["qwen3", "gemma3", "gemma2", "mixtral", "qwen3_moe", "olmoe", "qwen2_mo
 
 
 def test_rows_do_not_see_their_batch_and_ranks_agree(tmp_path: Path) -> None:
-    """Five rows alone and together, byte for byte; each rank holds the same sums, layers and logits."""
+    """Five rows alone and together, byte for byte; each rank holds the same sums, layers and logits, of the same weights."""
     import tp_ranks
     import zoo
 
@@ -33,6 +34,8 @@ def test_rows_do_not_see_their_batch_and_ranks_agree(tmp_path: Path) -> None:
     assert {name: one["policy"] for name, one in first.items()} == dict.fromkeys(NAMES, 0)
     assert all(one["held"][0] > 6 * 4 and one["held"][1] == 0 for one in first.values()), first
     assert {name: one["logits"] for name, one in first.items()} == {name: one["logits"] for name, one in second.items()}
+    whole = {name: targets.load(f"hf:{tmp_path / name}").weights_digest for name in NAMES}
+    assert {name: one["weights"] for name, one in first.items()} == whole
     assert sum(one["off"] > 0 for one in first.values()) >= 6, "torch's own kernels see the batch"
 
 

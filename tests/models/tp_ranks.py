@@ -27,7 +27,8 @@ def run(folder: str, names: list[str]) -> dict[str, Any]:
     with join(mine, 300) as communicator:
         ranks = Spread(communicator)
         for name in names:
-            model: Any = targets.load(f"hf:{folder}/{name}", ranks=ranks).module
+            target = targets.load(f"hf:{folder}/{name}", ranks=ranks)
+            model: Any = target.module
             ids = zoo.tokens(5, 13)
             sides = []
             for policy in (deterministic("batch"), torch.no_grad()):
@@ -43,5 +44,6 @@ def run(folder: str, names: list[str]) -> dict[str, Any]:
                     logits = bits.digest(whole)
             ranks.settle()
             found[name] = {"policy": sides[0], "off": sides[1], "held": held, "logits": logits}
+            found[name]["weights"] = target.weights_digest
         dist.destroy_process_group()
     return found

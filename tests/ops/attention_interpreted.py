@@ -6,6 +6,7 @@ kernels read the right keys and merge the right splits; bits are another matter,
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -16,7 +17,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
+from detinfer.ops import attention_cuda, attention_cuda_proof
 from detinfer.ops import attention_cuda_launch as launch
+from detinfer.ops import attention_cuda_variants as variants
 from detinfer.ops.attention_cuda_launch import Keys, plan
 
 DEPTH, VALUE_DEPTH, KEYS, PAGE = 24, 16, 420, 16
@@ -103,9 +106,26 @@ def cases() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         yield f"{path}, pages", got, exact(q, k, v, hidden(at < end[..., None])[:, None])
 
 
+def proofs() -> Iterator[tuple[str, list[float]]]:
+    """(name, shares of elements that differ: from the last split, in splits of 128, and the kernel's own) on 700 keys."""
+    q, k, v = drawn(1, 2, 2, 1, DEPTH), drawn(2, 2, 1, KEYS, DEPTH), drawn(3, 2, 1, KEYS, DEPTH)
+    counts = torch.tensor([KEYS, 333], dtype=torch.int32)
+    seen = torch.ones(2, 1, 1, KEYS, dtype=torch.bool).expand(2, 2, 1, KEYS)
+    for name, keys in (("starts", Keys(None, True, 0, 0, counts // 9, counts)), ("a mask", Keys(seen))):
+        made = plan(q, k, v, keys, 1.0, None, False)
+        case = variants._inputs(made, q, k, v, keys, variants.LENGTHS[0])
+        ordered = functools.partial(attention_cuda.reference, *case.plain, case.added, first=case.first)
+        want = ordered()
+        attention_cuda_proof.check_close(want, case.plain, case.added, name)
+        again = plan(*case.given, case.keys, DEPTH**-0.5, case.stride, False, made.kernel)
+        others = (ordered(backwards=True), ordered(split=128), again.start(*case.given, case.keys)[0])
+        bits = want.view(torch.int32)
+        yield f"proof, {name}", [float((other.view(torch.int32) != bits).float().mean()) for other in others]
+
+
 def main() -> None:
     on_the_cpu()
-    found = {}
+    found: dict[str, Any] = dict(proofs())
     for name, got, want in cases():
         found[name] = float((got.double() - want).abs().max())
         found[f"{name}, rows turned"] = float((got.double().roll(1, 1) - want).abs().max())

@@ -91,6 +91,8 @@ def compiled(name: str, target: Any) -> Any:
 @pytest.mark.parametrize("name", KERNELS)
 def test_amd(name: str, target: Any) -> None:
     """Code for the processor, with instructions of its matrix unit."""
+    if triton.__version__ < "3.7" and name.startswith("decode, a mask"):
+        pytest.skip("Triton 3.6 cannot compile this kernel for AMD: AMD's GPUs need 3.7 or later")
     assembly = compiled(name, target).asm["amdgcn"]
     assert target.arch in assembly
     assert re.search(r"v_mfma_f32_\d+x\d+x\d+_?bf16", assembly)
@@ -146,6 +148,12 @@ def test_interpreted_on_the_cpu() -> None:
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])
+    shown = {name: found.pop(name) for name in list(found) if name.startswith("proof")}
+    assert len(shown) == 2
+    for backwards, split, differing in shown.values():
+        assert backwards > 0.05 and split > 0.05 and differing == 0, (
+            "the proof's inputs show wrong orders, and no other"
+        )
     assert len(found) == 32
     wrong = {name: error for name, error in found.items() if (error < 1e-6) is name.endswith("rows turned")}
     assert not wrong, "far from fp64, or a wrong head would be as near"
