@@ -48,7 +48,7 @@ int threads();
 
 // The rest is for GPU code, and nothing else in csrc knows CUDA from HIP.
 #ifndef DETINFER_MUTANT
-#define DETINFER_MUTANT 0  // tests build the GPU library with one fault each; tests/collectives/cuda_mutants.py
+#define DETINFER_MUTANT 0  // tests build the GPU library with one fault each; scripts/gpu.py --mutants
 #endif
 #if defined(__CUDACC__) || defined(__HIP__)
 #if defined(__HIP__)
