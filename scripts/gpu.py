@@ -3,17 +3,22 @@
     python scripts/gpu.py                    # build, tests marked gpu, 2,000 iterations of 13 shapes, benchmark: 2 GPUs
     python scripts/gpu.py --ranks 8          # the same between 8, with a table of paths that is made first
     python scripts/gpu.py --models           # one GPU: tests of operations and policies, a whole model's bytes and times
+    python scripts/gpu.py --verify           # record, verify and time 8B-sized models; over two GPUs too where there are two
     python scripts/gpu.py --mutants          # builds with one planted fault each, and what the stress says of them
 
-Needs nvcc and torch with CUDA. What it builds is under build/gpu. The check for AMD is scripts/hip.py.
+Needs nvcc and torch with CUDA. What it builds is under build/gpu; `--library FILE` takes a library that is built already, and
+`--limit SECONDS` ends a step that takes longer. The last lines say how each step ended and how long it took. The check for AMD
+is scripts/hip.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,17 +27,29 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 CSRC = CHECKOUT / "csrc"
 COLLECTIVES = ("communicator_gpu", "all_reduce", "all_gather", "all_reduce_rms_norm")
 SOURCES = tuple(sorted(file.stem for file in CSRC.glob("*.cu")))
+PATH = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 MUTANTS = (1, 2, 4, 5, 6, 7, 8)
 TESTS = ("all_reduce", "vectors", "processes", "protocol")
 MODELS = ("tests", "--ignore=tests/collectives")
 """Every test marked gpu, less those of the collectives, whose kernels have a run of their own."""
+WHOLE = (("qwen3-8b", ()), ("qwen3-moe", ()), ("qwen3-8b", ("--tp", "2")))
+"""Models of a real one's size, and how they are cut."""
+ENDED: list[tuple[float, str, str]] = []
+"""Seconds, how it ended, and the command of every step."""
 
 
-def run(command: list[str], **variables: str) -> int:
-    """Run a command in the checkout, its output as it comes; its exit status."""
+def run(command: list[str], limit: float | None = None, **variables: str) -> int:
+    """Run a command in the checkout, its output as it comes; its exit status, 124 where it took more than ``limit`` seconds."""
     print("$", " ".join(command), flush=True)
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), **variables}
-    return subprocess.run(command, cwd=CHECKOUT, env=environment, check=False).returncode
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *PATH]), **variables}
+    start = time.monotonic()
+    try:
+        status = subprocess.run(command, cwd=CHECKOUT, env=environment, check=False, timeout=limit).returncode
+    except subprocess.TimeoutExpired:
+        status = 124
+    ended = "passed" if status == 0 else "took too long" if status == 124 else f"ended with {status}"
+    ENDED.append((time.monotonic() - start, ended, " ".join(command)))
+    return status
 
 
 def build(folder: Path, mutant: int = 0, sources: Sequence[str] = COLLECTIVES) -> Path:
@@ -53,47 +70,98 @@ def build(folder: Path, mutant: int = 0, sources: Sequence[str] = COLLECTIVES) -
     return library
 
 
-def stress(ranks: int, iterations: int, *more: str, **variables: str) -> int:
+def stress(ranks: int, iterations: int, *more: str, limit: float | None = None, **variables: str) -> int:
     """13 shapes between ``ranks`` GPUs."""
-    return run([sys.executable, "tests/collectives/cuda_stress.py", str(ranks), str(iterations), *more], **variables)
+    command = [sys.executable, "tests/collectives/cuda_stress.py", str(ranks), str(iterations), *more]
+    return run(command, limit, **variables)
 
 
-def models(folder: Path) -> int:
-    """Operations, policies and whole models on one GPU, with the whole library."""
-    given = {"DETINFER_GPU_LIBRARY": str(build(folder / "whole", sources=SOURCES))}
-    failed = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *MODELS], **given)
+def suite(*words: str, limit: float | None = None, **variables: str) -> int:
+    """pytest's exit status; in several processes at once for tests that leave room for others, where xdist is installed."""
+    beside = ["-n", "8", "--dist", "worksteal", "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []
+    options = [] if any("collectives" in word and "ignore" not in word for word in words) else beside
+    return run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *options, *words], limit, **variables)
+
+
+def collectives(folder: Path, ranks: int, limit: float | None, **given: str) -> int:
+    """Tests, stress and benchmark between ``ranks`` GPUs; a table of paths first where there are more than two."""
+    failed = suite(*(f"tests/collectives/test_cuda_{name}.py" for name in TESTS), limit=limit, **given)
+    bench = [sys.executable, "-m", "detinfer", "bench", "collectives-cuda", "--ranks", str(ranks)]
+    if ranks > 2:
+        table = str(folder / f"paths-{ranks}.json")
+        failed |= run([*bench, "--tune", "--table", table], limit, **given)
+        given["DETINFER_CUDA_PATHS"] = table
+    failed |= stress(ranks, 2000, limit=limit, **given)
+    failed |= stress(ranks, 100, "every path", limit=limit, **given)
+    return failed | run([*bench, "--json", str(folder / f"collectives-{ranks}.json")], limit, **given)
+
+
+def models(folder: Path, limit: float | None, **given: str) -> int:
+    """Operations, policies and whole models on one GPU."""
     bench = [sys.executable, "-m", "detinfer", "bench", "model", "--device", "cuda"]
-    return failed | run([*bench, "--json", str(folder / "model.json")], **given)
+    failed = suite(*MODELS, limit=limit, **given)
+    return failed | run([*bench, "--json", str(folder / "model.json")], limit, **given)
+
+
+def verify(folder: Path, limit: float | None, **given: str) -> int:
+    """Record, verify with the control and time models of a real one's size, on one GPU and over two. One at a time: kernels
+    that wait for another GPU and share their own with other programs wait for those as well."""
+    import torch
+
+    failed = 0
+    for name, ranks in WHOLE:
+        if len(ranks) > 0 and torch.cuda.device_count() < 2:
+            print(f"skipped  {name} {' '.join(ranks)}: one GPU here", flush=True)
+            continue
+        golden = folder / f"{name}{''.join(ranks)}"
+        command = [sys.executable, "-m", "detinfer"]
+        options = ["--device", "cuda", "--tensors", "none", "--force", *ranks, "-o", str(golden)]
+        failed |= run([*command, "record", f"random:{name}", *options], limit, **given)
+        control = ["--control"] if not ranks else []
+        failed |= run([*command, "verify", str(golden), *control, *ranks, "--json", f"{golden}.json"], limit, **given)
+        if not ranks:
+            failed |= run([sys.executable, "-m", "detinfer.bench.verify", str(golden)], limit, **given)
+    return failed
+
+
+def mutants(folder: Path, ranks: int, limit: float | None) -> int:
+    """What the stress says of each planted fault: printed, and no failure."""
+    with ThreadPoolExecutor() as pool:
+        built = list(pool.map(lambda mutant: build(folder / f"mutant{mutant}", mutant), MUTANTS))
+    for library in built:
+        stress(ranks, 40, "every path", limit=limit, DETINFER_GPU_LIBRARY=str(library))
+    return 0
 
 
 def main() -> int:
     """Run what was asked for; 0 where all is well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutants", action="store_true")
-    parser.add_argument("--models", action="store_true")
+    for name in ("models", "verify", "mutants"):
+        parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--library", type=Path)
+    parser.add_argument("--limit", type=float)
     chosen = parser.parse_args()
-    ranks = str(chosen.ranks)
     folder = CHECKOUT / "build/gpu"
-    if chosen.models:
-        return models(folder)
-    if chosen.mutants:
-        for mutant in MUTANTS:
-            library = build(folder / f"mutant{mutant}", mutant)
-            stress(chosen.ranks, 40, "every path", DETINFER_GPU_LIBRARY=str(library))
-        return 0
-    library = build(folder)
-    files = [f"tests/collectives/test_cuda_{name}.py" for name in TESTS]
-    failed = run([sys.executable, "-m", "pytest", "-q", *files], DETINFER_GPU_LIBRARY=str(library))
-    bench = [sys.executable, "-m", "detinfer", "bench", "collectives-cuda", "--ranks", ranks]
-    given = {"DETINFER_GPU_LIBRARY": str(library)}
-    if chosen.ranks > 2:
-        table = str(folder / f"paths-{ranks}.json")
-        failed |= run([*bench, "--tune", "--table", table], **given)
-        given["DETINFER_CUDA_PATHS"] = table
-    failed |= stress(chosen.ranks, 2000, **given)
-    failed |= stress(chosen.ranks, 100, "every path", **given)
-    return failed | run([*bench, "--json", str(folder / f"collectives-{ranks}.json")], **given)
+    whole = chosen.models or chosen.verify
+    try:
+        if chosen.mutants:
+            return mutants(folder, chosen.ranks, chosen.limit)
+        library = chosen.library or build(
+            folder / ("whole" if whole else ""), sources=SOURCES if whole else COLLECTIVES
+        )
+        given = {"DETINFER_GPU_LIBRARY": str(library)}
+        failed = 0
+        if chosen.models:
+            failed |= models(folder, chosen.limit, **given)
+        if chosen.verify:
+            failed |= verify(folder, chosen.limit, **given)
+        if not whole:
+            failed |= collectives(folder, chosen.ranks, chosen.limit, **given)
+        return failed
+    finally:
+        for seconds, ended, command in ENDED:
+            print(f"{seconds:7.1f} s  {ended}: {command}")
 
 
 if __name__ == "__main__":
