@@ -67,7 +67,7 @@ def judge(
     manifest = golden.manifest
     recorded = _recorded(manifest)
     results = [(unit, key, node) for unit, key, node in alone]
-    shapes = ranks.share([_shapes(node) for _, _, node in results])
+    shapes = ranks.share([shapes_of(node) for _, _, node in results])
     found = _Found(Comparison(verdict="same"))
     for number, (unit, key, node) in enumerate(results):
         name = WHOLE if unit is None else unit.name
@@ -121,7 +121,7 @@ def _recorded(manifest: Any) -> dict[tuple[str, Key], Recorded]:
 
 
 @bits.unseen
-def _shapes(node: Node) -> Shapes:
+def shapes_of(node: Node) -> Shapes:
     return {path: (tuple(tensor.shape), bits.digest(tensor)) for path, tensor in tree.tensors(node)}
 
 
@@ -144,6 +144,19 @@ def _compare(golden: Any, entry: Recorded, node: Node, here: Sequence[Shapes], m
 
 
 def _path(golden: Any, entry: Recorded, path: str, tensor: torch.Tensor, here: Sequence[Shapes], mine: int) -> Rows:
+    whole = beside(golden, entry, path, tensor, here, mine)
+    if isinstance(whole, str):
+        return by_digests({"tensor": tensor}, {"tensor": whole}, golden)
+    return compare({"tensor": tensor}, {"tensor": whole})
+
+
+def beside(
+    golden: Any, entry: Recorded, path: str, tensor: torch.Tensor, here: Sequence[Shapes], mine: int
+) -> torch.Tensor | str:
+    """What the file has of rank ``mine``'s ``tensor``: the tensor, or its digest where the golden holds digests alone.
+
+    ``here`` are all ranks' shapes and digests. Raises Unaligned where it cannot be laid beside the file.
+    """
     digests = [dict(tree.tensors(node)).get(path) for node in entry.nodes]
     if None in digests or any(path not in rank for rank in here):
         raise Unaligned("another structure")
@@ -157,16 +170,14 @@ def _path(golden: Any, entry: Recorded, path: str, tensor: torch.Tensor, here: S
     if dim is None:
         if partial or len(set(digests)) > 1:
             raise Unaligned(partial or "each recorded rank's part of a sum")
-        stored = golden.tensor(digests[0])
-        if stored is None:
-            return by_digests({"tensor": tensor}, {"tensor": digests[0]}, golden)
-        return compare({"tensor": tensor}, {"tensor": stored})
+        stored: torch.Tensor | None = golden.tensor(digests[0])
+        return str(digests[0]) if stored is None else stored
     parts = entry.stored(golden, path)
     if parts is None:
         raise Unaligned("a share of a tensor of which the golden holds digests alone")
     whole = torch.cat(parts, dim)
     start = sum(shape[dim] for shape in shapes[:mine])
-    return compare({"tensor": tensor}, {"tensor": whole.narrow(dim, start, tensor.shape[dim])})
+    return whole.narrow(dim, start, tensor.shape[dim])
 
 
 def cut(then: Sequence[Sequence[int]], now: Sequence[Sequence[int]]) -> int | None:

@@ -167,6 +167,7 @@ class Comparison:
     stale: list[tuple[str, str, str]] = field(default_factory=list)
     first: Divergence | None = None
     reasons: list[str] = field(default_factory=list)
+    cause: Cause | None = None
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 from detinfer import bits, environment, native
 from detinfer.errors import InfrastructureError
 from detinfer.goldens import across, axes, stress_inputs, tree
+from detinfer.goldens.cause import over_ranks
 from detinfer.goldens.cause.find import find
 from detinfer.goldens.collect import WHOLE
 from detinfer.goldens.compare import by_digests, compare
@@ -118,6 +119,7 @@ def verify(
                     command=options.redo(str(golden.path), WHOLE, None),
                     model=manifest.target["class"],
                 )
+                result.golden.cause = over_ranks.find(golden, target.module, units, ranks, result.golden.first)
             else:
                 result.golden = _judge_golden(golden, sweep, units, chosen, recomputed, progress, redo)
             del recomputed

@@ -72,12 +72,16 @@ class RowSum:
         self._name, self._ranks = name, ranks
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.rounded(self._ranks.all_reduce(self.own(x), self._name, "rank_tree"), x.dtype)
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's groups, joined: float32 [..., N]."""
         parts = x.chunk(len(self._weights), dim=-1)
-        own = tree([F.linear(part.float(), weight) for part, weight in zip(parts, self._weights, strict=True)])
-        total = self._ranks.all_reduce(own, self._name, "rank_tree")
-        if self._bias is not None:
-            total = total + self._bias
-        return total.to(x.dtype)
+        return tree([F.linear(part.float(), weight) for part, weight in zip(parts, self._weights, strict=True)])
+
+    def rounded(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        """The result of all ranks' sum: the bias added, and rounded once."""
+        return (total if self._bias is None else total + self._bias).to(dtype)
 
 
 class RowLookup:

@@ -220,6 +220,7 @@ def test_on_another_number_of_ranks_bits_are_not_promised(tp: str, golden: Path,
     axis = next(one for one in result["invariance"]["axes"] if one["name"] == "tp")
     assert (axis["verdict"], axis["rows_differing"]) == ("not_promised", found["rows_differing"])
     assert found["first"]["axis"] == f"tp: 3 -> {tp}"
+    assert (found["cause"]["path"], found["cause"]["operation"]) == (found["first"]["unit"], "detinfer::all_reduce")
     assert f"--tp {tp}" in found["first"]["command"]
     assert result["invariance"]["verdict"] == "same"
 

@@ -59,6 +59,9 @@ def test_three_ranks_under_batch_and_under_tp(target: str, tmp_path: Path) -> No
         assert seen["detinfer::all_reduce"], "an order begun at another rank shows"
     first = found["batch"]["golden"]["first"]
     assert first["unit"] == "model.layers.0.self_attn.o_proj", "nothing before the first sum over ranks differs"
+    cause = found["batch"]["golden"]["cause"]
+    assert (cause["path"], cause["operation"], cause["inputs_differing"]) == (first["unit"], "detinfer::all_reduce", [])
+    assert found["tp"]["golden"]["cause"] is None
 
 
 def test_a_rank_of_torchrun_that_holds_other_bytes(target: str, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def judged(here: list[torch.Tensor], rank: int, *, promised: bool = True, stored
     )
     unit: Any = SimpleNamespace(name="unit", kind="leaf", type="Linear")
     alone = [(unit, (0, 0), {"tensor": here[rank]}), (None, (0, 0), {"tensor": WHOLE})]
-    shared = [[across._shapes({"tensor": one}), across._shapes({"tensor": WHOLE})] for one in here]
+    shared = [[across.shapes_of({"tensor": one}), across.shapes_of({"tensor": WHOLE})] for one in here]
     return across.judge(golden, alone, Told(rank, shared), promised=promised, command="again", model="Model")
 
 
