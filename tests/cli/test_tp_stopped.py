@@ -21,7 +21,7 @@ from detinfer.models.ranks import Pretended
 sys.path.append(str(Path(__file__).parent))
 from tp_stops import done, environment, record, result, stopped
 
-TRIALS = 20
+TRIALS = 12
 
 
 @pytest.fixture(scope="module")
