@@ -116,7 +116,9 @@ def verify(folder: Path, limit: float | None, **given: str) -> int:
         golden = folder / f"{name}{''.join(ranks)}"
         command = [sys.executable, "-m", "detinfer"]
         options = ["--device", "cuda", "--tensors", "none", "--force", *ranks, "-o", str(golden)]
-        failed |= run([*command, "record", f"random:{name}", *options], limit, **given)
+        if run([*command, "record", f"random:{name}", *options], limit, **given):
+            failed = 1
+            continue
         control = ["--control"] if not ranks else []
         failed |= run([*command, "verify", str(golden), *control, *ranks, "--json", f"{golden}.json"], limit, **given)
         if not ranks:

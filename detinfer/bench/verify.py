@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from detinfer.errors import DetinferError
 from detinfer.goldens.format import Golden
 from detinfer.goldens.inputs import Options, check_target, chosen_units, load_inputs, requests_of
 from detinfer.goldens.prepare import policy_of, prepare_again
@@ -99,7 +100,10 @@ def main() -> None:
     parser.add_argument("--device")
     given = parser.parse_args()
     line = "batch {:3}: {:8.3f} s, its forward passes {:8.3f} s"
-    cost = measure(given.golden, given.trials, given.device, lambda *found: print(line.format(*found), flush=True))
+    try:
+        cost = measure(given.golden, given.trials, given.device, lambda *found: print(line.format(*found), flush=True))
+    except DetinferError as error:
+        raise SystemExit(f"error: {error}") from None
     print(
         f"{cost.trials} trials, {cost.rows:,} rows: {cost.seconds:.2f} s, their forward passes {cost.passes:.2f} s: "
         f"{cost.ratio:.3f} ({cost.cpu_seconds / cost.cpu_passes:.3f} in CPU time); "
