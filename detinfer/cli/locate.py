@@ -50,6 +50,11 @@ def locate(
     if first is None:
         what = "its control (is there one?)" if control else "its invariance"
         raise UsageError(f"{result}: nothing diverged in {what}: there is no cause to locate")
+    if first.axis.startswith("tp:"):
+        raise UsageError(
+            f"{result}: what differs is the file of another number of ranks: its cause is in the result (golden, cause), and "
+            f"is told again by: {first.command}"
+        )
     console = Console(stderr=True, highlight=False)
     with opened(context, golden or saved.path, console, spec=spec, device=device, tp=None, reductions=None) as held:
         with torch.no_grad() if control else deterministic(replace(held.policy, uncovered="trust")):

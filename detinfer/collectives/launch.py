@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -152,4 +153,6 @@ def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], alive: Connectio
 def _end_with_launcher(alive: Connection) -> None:
     """A launcher that is killed cannot end its ranks, and they would wait for it to fetch their results."""
     alive.poll(None)  # nothing is ever sent
+    os.kill(os.getpid(), signal.SIGTERM)  # what a rank does when it is told to end, it does now
+    time.sleep(_ENDING)
     os._exit(EXIT_INFRASTRUCTURE)

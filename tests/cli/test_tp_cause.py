@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from detinfer import cli
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
@@ -46,7 +48,14 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["a rotated sum", "a wrong product"],
 )
 def test_what_is_at_fault(
-    script: Path, fault: str, path: str, operation: str, says: str, golden: Path, tmp_path: Path
+    script: Path,
+    fault: str,
+    path: str,
+    operation: str,
+    says: str,
+    golden: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """All ranks begin their sums at rank 1; one rank has a wrong weight."""
     report = tmp_path / "result.json"
@@ -66,3 +75,5 @@ def test_what_is_at_fault(
     )
     assert says in cause["note"] and cause["got"] != cause["expected"] and cause["elements_differing"] > 0
     assert f"operation {operation} in {path}" in done.stdout
+    assert cli.run(["locate", str(report)]) == 2
+    assert f"is told again by: detinfer verify {golden}" in capfd.readouterr().err

@@ -30,9 +30,13 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT of another process")
-@pytest.mark.parametrize("group", [False, True], ids=["the command", "the terminal's group"])
-def test_ctrl_c(golden: Path, tmp_path: Path, group: bool) -> None:
-    """SIGINT of the command alone, and of all its processes at once, as a terminal sends it: exit 130 and a file."""
+@pytest.mark.parametrize(
+    ("number", "group", "code"),
+    [(signal.SIGINT, False, 130), (signal.SIGINT, True, 130), (signal.SIGTERM, False, 6), (signal.SIGKILL, False, -9)],
+    ids=["the command", "the terminal's group", "SIGTERM", "SIGKILL"],
+)
+def test_a_signal(golden: Path, tmp_path: Path, number: signal.Signals, group: bool, code: int) -> None:
+    """Of the command alone, and of all its processes at once, as a terminal sends it: what was found is in a file."""
     words = ("verify", str(golden), "--n-trials", str(TRIALS), "--axes", "batch")
     command = [sys.executable, "-m", "detinfer", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -45,15 +49,15 @@ def test_ctrl_c(golden: Path, tmp_path: Path, group: bool) -> None:
     ) as process:
         for line in process.stdout:
             if line == "trial 5\n":
-                (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+                (os.killpg if group else os.kill)(process.pid, number)
                 break
         _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert error.count("goes on") == 1 and error.count("interrupted\n") == 1, error
+    assert process.returncode == code, error
+    assert error.count("goes on") == 1 and error.count("interrupted\n") == (code == 130), error
     file = tmp_path / "golden.interrupted.json"
     columns = done(file)
     assert columns[0] == columns[1] == columns[2] and 5 <= len(columns[0]) < TRIALS
-    if not group:  # the same file either way
+    if number == signal.SIGINT and not group:  # the same file either way
         assert cli.run(["verify", "--resume", str(file), "--json", str(tmp_path / "b.json")]) == 0
         assert cli.run([*words, "--json", str(tmp_path / "whole.json")]) == 0
         assert result(tmp_path / "b.json") == result(tmp_path / "whole.json")
