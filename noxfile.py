@@ -104,5 +104,5 @@ def docs(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The test suite, less what the sessions build and docs run, a file for each CPU at a time, four at most."""
     environment(session, "dev", "hf")
-    whole = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile", "tests"]
+    whole = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile", "--no-loadscope-reorder", "tests"]
     pytest(session, *(session.posargs or [*whole, *(f"--ignore={file}" for file in ELSEWHERE.values())]))
