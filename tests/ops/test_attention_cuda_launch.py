@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from detinfer.errors import RefusedError, UsageError
-from detinfer.ops import attention_cuda, attention_cuda_launch
+from detinfer.errors import Diverged, RefusedError, UsageError
+from detinfer.ops import attention_cuda, attention_cuda_launch, attention_cuda_variants
 from detinfer.ops.attention_cuda import attention, paged_attention, scaled_dot_product_attention
 from detinfer.ops.attention_cuda_launch import Keys, plan
 
@@ -43,6 +43,7 @@ class Compiled:
     def __init__(self, kernel: Kernel, constants: dict[str, Any]) -> None:
         self.kernel, self.options = kernel, {n: c for n, c in constants.items() if n not in kernel.arg_names}
         self.names = [name for name in kernel.arg_names if name in constants]
+        self.hash = f"{kernel.name} {sorted(constants.items())}"
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         assert len(grid) == 3 and grid[2] == 1
@@ -77,6 +78,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: STREAM, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(attention_cuda_variants, "check", lambda *_: None)  # a proof computes
     attention_cuda._launches.clear()
     yield made
     attention_cuda._launches.clear()
@@ -88,6 +90,30 @@ def inputs(
     sizes = ((batch, heads, queries, depth), (batch, kv_heads, keys, depth), (batch, kv_heads, keys, depth))
     query, key, value = (torch.zeros(size, dtype=torch.bfloat16) for size in sizes)
     return query, key, value
+
+
+def test_machine_code_is_proved_first(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each launch, after it ran and before its result is there; what was refused is asked again."""
+    asked: list[tuple[str, int]] = []
+    refused = True
+
+    def check(launch: Any, code: str, *_: Any) -> None:
+        asked.append((code, len(calls)))
+        if refused:
+            raise Diverged("other bytes")
+
+    monkeypatch.setattr(attention_cuda_variants, "check", check)
+    for _ in range(2):
+        with pytest.raises(Diverged):
+            scaled_dot_product_attention(*inputs(), enable_gqa=True)
+    assert asked == [(asked[0][0], 1), (asked[0][0], 2)] and asked[0][0].startswith("decode")
+    refused = False
+    for _ in range(5):
+        scaled_dot_product_attention(*inputs(), enable_gqa=True)
+    # The third call is asked about, then the launch that is remembered; no other.
+    assert asked[2:] == [(asked[0][0], 3), (asked[0][0], 4)] and len(calls) == 7
+    attention(*inputs(queries=300))
+    assert asked[4][0] != asked[0][0] and len(asked) == 5
 
 
 BOOL = torch.ones(2, 1, 1, 1000, dtype=torch.bool)
