@@ -6,7 +6,7 @@
     python scripts/gpu.py --verify           # record, verify and time 8B-sized models; over two GPUs too where there are two
     python scripts/gpu.py --mutants          # builds with one planted fault each, and what the stress says of them
 
-Needs nvcc and torch with CUDA. What it builds is under build/gpu; `--library FILE` takes a library that is built already, and
+Needs nvcc and torch with CUDA. What it builds is under build/gpu; `--prebuilt FILE` takes a library that is built already, and
 `--limit SECONDS` ends a step that takes longer. The last lines say how each step ended and how long it took. The check for AMD
 is scripts/hip.py.
 """
@@ -141,7 +141,7 @@ def main() -> int:
     for name in ("models", "verify", "mutants"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--library", type=Path)
+    parser.add_argument("--prebuilt", type=Path)
     parser.add_argument("--limit", type=float)
     chosen = parser.parse_args()
     folder = CHECKOUT / "build/gpu"
@@ -149,7 +149,7 @@ def main() -> int:
     try:
         if chosen.mutants:
             return mutants(folder, chosen.ranks, chosen.limit)
-        library = chosen.library or build(
+        library = chosen.prebuilt or build(
             folder / ("whole" if whole else ""), sources=SOURCES if whole else COLLECTIVES
         )
         given = {"DETINFER_GPU_LIBRARY": str(library)}

@@ -29,12 +29,7 @@ def capture(step: Step) -> tuple[Callable[[], None], torch.Tensor]:
 
 def graph(model: Model, rng: random.Random) -> Iterator[Rows]:
     """Decode steps replayed from one CUDA graph, on a static cache: the prompt is prefilled eagerly."""
-    from transformers import StaticCache
-
-    batch = company(model, rng, 4)
-    start, end = model.prompts[batch[0]], len(model.tokens[batch[0]])
-    size = end + rng.randint(1, 40)  # a step before the capture and the capture's own take slots that are written again
-    cache = StaticCache(config=model.module.config, max_cache_len=size)
+    batch, start, end, size, cache = _drawn(model, rng)
     model([model.tokens[i][:start] for i in batch], cache)
     ids = model.ids([[model.tokens[i][start]] for i in batch])
 
@@ -54,15 +49,20 @@ def graph(model: Model, rng: random.Random) -> Iterator[Rows]:
 
 def graph_eagerly(model: Model, rng: random.Random) -> Iterator[Rows]:
     """The steps of ``graph`` with no graph: the same batch, tokens and slots."""
+    batch, start, end, size, cache = _drawn(model, rng)
+    for first, last in [(0, start), *((i, i + 1) for i in range(start, end))]:
+        logits, _ = model([model.tokens[i][first:last] for i in batch], cache)
+        yield Rows(f"no graph, {size} slots", [Part(i, first, last) for i in batch], logits)
+
+
+def _drawn(model: Model, rng: random.Random) -> tuple[list[int], int, int, int, Any]:
+    """(requests, tokens of the prompt, of all, slots, static cache) of the steps that a graph is made of."""
     from transformers import StaticCache
 
     batch = company(model, rng, 4)
     start, end = model.prompts[batch[0]], len(model.tokens[batch[0]])
-    size = end + rng.randint(1, 40)
-    cache = StaticCache(config=model.module.config, max_cache_len=size)
-    for first, last in [(0, start), *((i, i + 1) for i in range(start, end))]:
-        logits, _ = model([model.tokens[i][first:last] for i in batch], cache)
-        yield Rows(f"no graph, {size} slots", [Part(i, first, last) for i in batch], logits)
+    size = end + rng.randint(1, 40)  # a step before the capture and the capture's own take slots that are written again
+    return batch, start, end, size, StaticCache(config=model.module.config, max_cache_len=size)
 
 
 def rewind(cache: Any, length: int) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from detinfer import bits
 from detinfer.goldens.cause import align
 from detinfer.goldens.cause.align import Pair
-from detinfer.goldens.cause.locate import Located, same
+from detinfer.goldens.cause.locate import Located, element, same
 from detinfer.goldens.result import Cause
 from detinfer.goldens.schedules import Part, Rows
 from detinfer.models.targets import tensors
@@ -99,20 +99,11 @@ def _pairs(
 
 
 def _cause(module: nn.Module, name: str, expected: torch.Tensor, got: torch.Tensor, pair: Pair, note: str) -> Cause:
-    ours, theirs = expected[pair[0]], got[pair[1]]
-    found = bits.first_mismatch(theirs, ours)
-    assert found is not None
     return Cause(
         operation=type(module.get_submodule(name)).__name__,
         path=".".join(filter(None, [type(module).__name__, name])),
-        dtype=bits.dtype_name(got.dtype),
         alone=align.shape([expected]),
         other=align.shape([got]),
-        index=found.index,
-        got=found.got,
-        expected=found.expected,
-        ulp=found.ulp,
-        elements=theirs.numel(),
-        elements_differing=bits.count_mismatches(theirs, ours),
         note=note,
+        **element(expected[pair[0]], got[pair[1]]),
     )

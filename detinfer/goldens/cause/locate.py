@@ -90,10 +90,23 @@ def same(alone: torch.Tensor, other: torch.Tensor, pair: Pair) -> bool:
     return bits.count_mismatches(alone[pair[0]], other[pair[1]]) == 0
 
 
-def _cause(one: Operation, many: Operation, place: int, pair: Pair, parts: Callable[..., Iterator[Pair]]) -> Cause:
-    expected, got = one.results[place][pair[0]], many.results[place][pair[1]]
+def element(expected: torch.Tensor, got: torch.Tensor) -> dict[str, Any]:
+    """What a ``Cause`` says of two tensors that differ: the first element that does, and how many do."""
     found = bits.first_mismatch(got, expected)
     assert found is not None
+    return {
+        "dtype": bits.dtype_name(got.dtype),
+        "index": found.index,
+        "got": found.got,
+        "expected": found.expected,
+        "ulp": found.ulp,
+        "elements": got.numel(),
+        "elements_differing": bits.count_mismatches(got, expected),
+    }
+
+
+def _cause(one: Operation, many: Operation, place: int, pair: Pair, parts: Callable[..., Iterator[Pair]]) -> Cause:
+    expected, got = one.results[place][pair[0]], many.results[place][pair[1]]
     differ: list[int] = []
     unknown: list[int] = []
     for number, (a, b) in enumerate(zip(_operands(one), _operands(many), strict=False)):
@@ -107,20 +120,14 @@ def _cause(one: Operation, many: Operation, place: int, pair: Pair, parts: Calla
     return Cause(
         operation=many.key.name,
         path=many.key.path,
-        dtype=bits.dtype_name(got.dtype),
         alone=align.shape(_operands(one)),
         other=align.shape(_operands(many)),
-        index=found.index,
-        got=found.got,
-        expected=found.expected,
-        ulp=found.ulp,
-        elements=got.numel(),
-        elements_differing=bits.count_mismatches(got, expected),
         inputs_differing=differ,
         inputs_unknown=unknown,
         repeats=all(_again(run) for run in (one, many)),
         kernels_alone=kernels(one),
         kernels_other=kernels(many),
+        **element(expected, got),
     )
 
 

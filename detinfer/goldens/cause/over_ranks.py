@@ -18,6 +18,7 @@ from detinfer import bits
 from detinfer.goldens import tree
 from detinfer.goldens.across import Recorded, Unaligned, beside, shapes_of
 from detinfer.goldens.cause import align
+from detinfer.goldens.cause.locate import element
 from detinfer.goldens.format import Golden
 from detinfer.goldens.replay import Replay
 from detinfer.goldens.result import Cause, Divergence
@@ -125,21 +126,13 @@ def _cause(path: str, outputs: Outputs, operation: str, note: str) -> Cause | No
     """The first element of a unit's outputs that differs on this rank."""
     for tensor, wanted in outputs:
         if isinstance(wanted, torch.Tensor) and not _same(tensor, wanted):
-            found = bits.first_mismatch(tensor, wanted)
-            assert found is not None
             return Cause(
                 operation=operation,
                 path=path,
-                dtype=bits.dtype_name(tensor.dtype),
                 alone=align.shape([wanted]),
                 other=align.shape([tensor]),
-                index=found.index,
-                got=found.got,
-                expected=found.expected,
-                ulp=found.ulp,
-                elements=tensor.numel(),
-                elements_differing=bits.count_mismatches(tensor, wanted),
                 note=note,
+                **element(wanted, tensor),
             )
     return None
 
