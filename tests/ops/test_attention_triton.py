@@ -149,11 +149,8 @@ def test_interpreted_on_the_cpu() -> None:
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     shown = {name: found.pop(name) for name in list(found) if name.startswith("proof")}
-    assert len(shown) == 2
-    for backwards, split, differing in shown.values():
-        assert backwards > 0.05 and split > 0.05 and differing == 0, (
-            "the proof's inputs show wrong orders, and no other"
-        )
+    assert "do not use it" in shown.pop("proof, a wrong order").lower()
+    assert len(shown) == 2 and all(count >= 8 * 2 * 24 for count in shown.values())
     assert len(found) == 32
     wrong = {name: error for name, error in found.items() if (error < 1e-6) is name.endswith("rows turned")}
     assert not wrong, "far from fp64, or a wrong head would be as near"
