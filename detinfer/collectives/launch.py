@@ -32,7 +32,7 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """The launcher takes these over while it runs, to end its ranks."""
 
 _ENDING = 10
-"""Seconds that the other ranks get to end after one has failed, before they are killed."""
+"""Seconds that ranks get to end once the launcher is told to end, before they are killed; after a rank's failure, torch's 30."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def join(mine: Place, timeout: float = WAIT) -> Communicator:
 
 
 def _known(made: type, **given: Any) -> dict[str, Any]:
-    """Those of the keywords that ``made`` takes: torch 2.11's launcher ends its ranks at a time of its own (30 s)."""
+    """Those of the keywords that ``made`` takes: torch 2.11's launcher knows no ``shutdown_timeout`` and waits 30 s."""
     takes = inspect.signature(made).parameters
     return {name: value for name, value in given.items() if name in takes}
 

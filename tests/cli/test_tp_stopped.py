@@ -29,7 +29,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return record(tmp_path_factory.mktemp("tp") / "golden")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT of another process")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send SIGINT to another process")
 @pytest.mark.parametrize(
     ("number", "group", "code"),
     [(signal.SIGINT, False, 130), (signal.SIGINT, True, 130), (signal.SIGTERM, False, 6), (signal.SIGKILL, False, -9)],
