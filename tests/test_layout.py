@@ -19,6 +19,7 @@ RANKS = {
     "environment": 1,
     "bits": 1,
     "threads": 1,
+    "torch_alone": 1,
     "tensor_file": 2,
     "native": 2,
     "reference": 2,

@@ -23,6 +23,7 @@ from detinfer.policy.policy import Guarantee, Policy, Scope
 from detinfer.policy.state import STATE, Entry
 from detinfer.policy.switches import check_switches
 from detinfer.policy.trace import OnCall, Trace
+from detinfer.torch_alone import torch_alone
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -151,7 +152,7 @@ def _eager() -> AbstractContextManager[object]:
 
 
 def _check_subnormals() -> None:
-    with STATE.torch_alone():
+    with torch_alone():
         kept = bool(torch.full((1,), _SUBNORMAL, device="cpu") * 1.0) and _workers_keep(torch.get_num_threads())
     if not kept:
         raise RefusedError(

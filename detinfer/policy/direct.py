@@ -13,6 +13,7 @@ from detinfer.policy.policy import Accepted, Decision, Proof, Refused
 from detinfer.policy.proofs import gpu_level, level
 from detinfer.policy.refusals import CAPTURED, message
 from detinfer.policy.state import STATE
+from detinfer.torch_alone import torch_alone
 
 Prove = Callable[[torch.dtype], tuple[int, bytes]]
 """Compares a kernel with its reference: how many results were compared, and their bytes; raises Diverged."""
@@ -45,7 +46,7 @@ def settle(op: str, tensor: torch.Tensor, path: str, prove: Prove, portable: boo
 
 def _decide(op: str, tensor: torch.Tensor, path: str, prove: Prove, portable: bool) -> Decision:
     try:
-        with STATE.torch_alone():
+        with torch_alone():
             cases, results = prove(tensor.dtype)
     except DetinferError as error:
         return Refused(op, path, str(error))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from detinfer.policy.groups import Group, Groups
 from detinfer.policy.policy import Accepted, Decision, Refused
 from detinfer.policy.refusals import message
 from detinfer.policy.state import STATE
+from detinfer.torch_alone import ALONE
 
 _c10d: Any = torch._C._distributed_c10d
 
@@ -76,7 +76,7 @@ def _unknown() -> list[str]:
 
 def _override(name: str, run: Callable[..., Any] | None, groups: Groups, known: Known) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        if STATE.proving is not None and STATE.proving == get_ident():
+        if ALONE.here():
             return through(name, args)  # ranks that are being joined, or a proof, talk by the backend itself
         if run is None:
             raise RefusedError(message(name, "this version of torch has it and no proof covers it"))

@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 
 from detinfer.policy.groups import Groups
 from detinfer.policy.state import STATE
+from detinfer.torch_alone import ALONE
 
 _OPS: Any = (dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MIN, dist.ReduceOp.MAX)
 _modes: Any = torch._C._len_torch_dispatch_stack
@@ -47,7 +48,7 @@ class Front:
                 or entry is None
                 or entry.trace is not None
                 or ranks.policy is not entry.policy
-                or STATE.proving is not None
+                or ALONE.thread is not None
                 or tensor.layout is not strided
                 or tensor.is_neg()
                 or world.pg_coalesce_state

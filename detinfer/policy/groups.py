@@ -28,7 +28,7 @@ from detinfer.errors import DetinferError, PeerError, RefusedError, UsageError
 from detinfer.policy.collectives import ORDERED_GATHER, PEER_MEMORY, SHARED_MEMORY, Collective, Ranks
 from detinfer.policy.policy import Accepted, Policy, Proof, Refused
 from detinfer.policy.rank_proofs import compare, gathered, shared_memory, ways
-from detinfer.policy.state import STATE
+from detinfer.torch_alone import torch_alone
 
 PATIENCE = 1800.0
 """Seconds that a rank waits for the others where the backend does not say: torch.distributed's own default."""
@@ -56,7 +56,7 @@ class Group:
         self.why = ""
         """Why the ranks share no memory; empty where they do."""
         _outside_of_capture(device)
-        with STATE.torch_alone():
+        with torch_alone():
             self._join(group)
 
     def _join(self, group: dist.ProcessGroup) -> None:
@@ -128,7 +128,7 @@ class Group:
         subject = (collective, reduction, dtype)
         if subject not in self._proofs:
             _outside_of_capture(self._device)
-            with STATE.torch_alone():
+            with torch_alone():
                 self._proofs[subject] = self._prove(subject)
         return self._proofs[subject]
 

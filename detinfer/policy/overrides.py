@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from detinfer.policy.overloads import adapt, forms
 from detinfer.policy.policy import Accepted
 from detinfer.policy.refusals import FROM_INTEGERS, message
 from detinfer.policy.state import STATE
+from detinfer.torch_alone import ALONE
 
 
 class Overrides:
@@ -76,7 +76,7 @@ def _override(name: str, function: Callable[..., Any], original: Any, families: 
     level = families.level
 
     def call(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        if STATE.proving is not None and STATE.proving == get_ident():
+        if ALONE.here():
             return original.call_boxed(keys, *args, **kwargs)
         done = proved[level()]
         for a in args:

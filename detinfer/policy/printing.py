@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import _tensor_str
 
-from detinfer.policy.state import STATE
+from detinfer.torch_alone import torch_alone
 
 
 class Printing:
@@ -24,7 +24,7 @@ class Printing:
             # A subclass prints itself, by the dispatch that would be switched off here.
             if type(self) not in (torch.Tensor, torch.nn.Parameter):
                 return original(self, **options)
-            with STATE.torch_alone():
+            with torch_alone():
                 return original(self, **options)
 
         _tensor_str._str = alone

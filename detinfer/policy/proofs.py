@@ -16,7 +16,7 @@ from detinfer.bits import dtype_name
 from detinfer.errors import DetinferError, Diverged, RefusedError
 from detinfer.policy.policy import Proof, Refused
 from detinfer.policy.refusals import CAPTURED, message
-from detinfer.policy.state import STATE
+from detinfer.torch_alone import torch_alone
 
 _made: dict[tuple[str, torch.dtype, str, bytes], Proof | Refused] = {}
 
@@ -58,7 +58,7 @@ def prove(op: str, dtype: torch.dtype, device: str = "cpu") -> Proof | Refused:
 def _prove(op: str, dtype: torch.dtype, device: str, level: bytes) -> Proof | Refused:
     where = _path_of(op, device)
     try:
-        with STATE.torch_alone():
+        with torch_alone():
             cases, results = ops.prove(op, dtype) if device == "cpu" else _on_every_kind(op, dtype, device)
     except Diverged as error:
         return Refused(op, where, f"its proof failed on this machine ({level.decode()}): {error}")

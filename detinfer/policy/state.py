@@ -1,4 +1,4 @@
-"""The one thing in this package that changes: which policies are in force now, and which thread makes a proof.
+"""The one thing in this package that changes: which policies are in force now.
 
 Library overrides are process-wide, so this is too. Everything else is a value or a memo.
 """
@@ -6,12 +6,10 @@ Library overrides are process-wide, so this is too. Everything else is a value o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
 
 from detinfer.errors import UsageError
 from detinfer.policy.ledger import Ledger
@@ -40,13 +38,12 @@ class Entry:
 
 
 class State:
-    """Policies in force in the order in which they were entered, the overrides they share, and who is proving."""
+    """Policies in force in the order in which they were entered, and the overrides they share."""
 
     def __init__(self) -> None:
         self._lock = RLock()
         self._entries: list[Entry] = []
         self._installed: Installed | None = None
-        self.proving: int | None = None
         self.ledger: Ledger | None = None
         """Told of every collective, where somebody keeps an account."""
 
@@ -90,37 +87,6 @@ class State:
                 if not self._entries and self._installed is not None:
                     installed, self._installed = self._installed, None
                     installed.remove()
-
-    @contextmanager
-    def torch_alone(self) -> Iterator[None]:
-        """Inside, this thread's torch calls reach torch's own kernels: no override, mode, autocast or gradient.
-
-        A proof runs here, so that it cannot call what it proves, and so that a default device or dtype that a model
-        set cannot reach it. One thread at a time.
-        """
-        with self._lock:
-            before, self.proving = self.proving, get_ident()
-            dtype = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float32)
-            try:
-                with (
-                    torch._C._DisableTorchDispatch(),
-                    torch._C.DisableTorchFunction(),
-                    torch.autocast("cpu", enabled=False),
-                    _plain_cuda(),
-                    torch.no_grad(),
-                ):
-                    yield
-            finally:
-                torch.set_default_dtype(dtype)
-                self.proving = before
-
-
-def _plain_cuda() -> AbstractContextManager[Any]:
-    """No autocast on GPUs, where this process uses any: the switch warns where there is none."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return nullcontext()
-    return torch.autocast("cuda", enabled=False)
 
 
 STATE = State()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from detinfer.errors import Diverged, RefusedError
 from detinfer.ops import attention_cuda_launch as launches
 from detinfer.ops import attention_cuda_variants as variants
 from detinfer.ops.attention_cuda import attention, paged_attention, reference, scaled_dot_product_attention
-from detinfer.ops.attention_cuda_proof import causal_mask, stress
+from detinfer.ops.attention_cuda_launch import Keys
+from detinfer.ops.attention_cuda_proof import causal_mask, exact, stress
+from detinfer.policy import deterministic
 
 
 def shaped() -> Iterator[torch.Tensor]:
@@ -40,6 +43,28 @@ def test_strides_make_the_same_code() -> None:
                 if stride:
                     places = (places[:, None] + torch.arange(n) * stride).reshape(-1)
             assert len(places.unique()) == len(places)
+
+
+def test_a_model_under_a_policy_can_be_the_first_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof's own operations, float64 among them, are no operations of the model: the policy, which refuses them, has no say."""
+    q, k, v = (torch.ones(1, 1, 4, 8) for _ in range(3))
+    proved: list[torch.Tensor] = []
+
+    def prove(_launch: Any, _code: str, *given: Any) -> int:
+        proved.append(exact(*given[:3])[0])
+        given[-1].update(variants._WRONG)
+        return 1
+
+    monkeypatch.setattr(variants, "_prove", prove)
+    monkeypatch.setattr(variants, "_proved", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with deterministic("batch"):
+        with pytest.raises(RefusedError, match="float64"):
+            exact(q, k, v)
+        variants.check(SimpleNamespace(), "code", q, k, v, Keys(None, False, 0))  # type: ignore[arg-type]
+        with pytest.raises(RefusedError, match="float64"):
+            exact(q, k, v)
+    assert len(proved) == len(variants.LENGTHS) and variants.proved() == {"code": len(variants.LENGTHS)}
 
 
 def test_values_lie_where_they_are_put() -> None:

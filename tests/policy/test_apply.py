@@ -16,6 +16,7 @@ from detinfer.ops import Covered
 from detinfer.policy import Policy, deterministic
 from detinfer.policy.families import Families
 from detinfer.policy.state import STATE
+from detinfer.torch_alone import torch_alone
 
 X = torch.tensor([[1.0, 4.0], [16.0, 64.0]])
 SHIFTED = 1000  # the fake family adds 1000 to every result
@@ -214,7 +215,7 @@ def test_a_proof_reaches_torchs_own_kernels(fake: Any, uncovered: Any) -> None:
     seen = []
 
     def during(op: str) -> None:
-        with STATE.torch_alone():
+        with torch_alone():
             made = torch.ones(2) * 4
             made.cumsum(0)
             seen.append((torch.rsqrt(made).tolist(), made.device.type, made.dtype, torch.is_grad_enabled()))
@@ -240,7 +241,7 @@ def test_entering_is_not_seen_by_the_block_around(fake: Any) -> None:
         pass
     assert not around.counts
     assert not within.counts
-    with torch.device("meta"), STATE.torch_alone():
+    with torch.device("meta"), torch_alone():
         assert torch.ones(2).device.type == "cpu"
 
 
