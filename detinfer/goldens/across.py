@@ -153,7 +153,7 @@ def _path(golden: Any, entry: Recorded, path: str, tensor: torch.Tensor, here: S
 def beside(
     golden: Any, entry: Recorded, path: str, tensor: torch.Tensor, here: Sequence[Shapes], mine: int
 ) -> torch.Tensor | str:
-    """What the file has of rank ``mine``'s ``tensor``: the tensor, or its digest where the golden holds digests alone.
+    """What the file has of rank ``mine``'s ``tensor``: the tensor, where that one lies, or its digest where the golden holds digests alone.
 
     ``here`` are all ranks' shapes and digests. Raises Unaligned where it cannot be laid beside the file.
     """
@@ -171,13 +171,13 @@ def beside(
         if partial or len(set(digests)) > 1:
             raise Unaligned(partial or "each recorded rank's part of a sum")
         stored: torch.Tensor | None = golden.tensor(digests[0])
-        return str(digests[0]) if stored is None else stored
+        return str(digests[0]) if stored is None else stored.to(tensor.device)
     parts = entry.stored(golden, path)
     if parts is None:
         raise Unaligned("a share of a tensor of which the golden holds digests alone")
     whole = torch.cat(parts, dim)
     start = sum(shape[dim] for shape in shapes[:mine])
-    return whole.narrow(dim, start, tensor.shape[dim])
+    return whole.narrow(dim, start, tensor.shape[dim]).to(tensor.device)
 
 
 def cut(then: Sequence[Sequence[int]], now: Sequence[Sequence[int]]) -> int | None:
