@@ -31,8 +31,6 @@ def needs(model: Model) -> str | None:
         return f"its attention is {attention}, and a paged cache is read through sdpa"
     if getattr(model.module.config, "kv_lora_rank", None):
         return "transformers' pages have one width, and its keys and values have two"
-    if model.holes_count:
-        return "on a GPU attention gives the masked keys of other requests places of their own"
     return None
 
 

@@ -10,11 +10,14 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from detinfer.policy import transformers_moe as ours
 
@@ -59,6 +62,13 @@ HOOKS: tuple[Hook, ...] = (
         ("llama", "qwen3", "gemma3", "mixtral", "qwen3_moe"),
         "under a mask it copies K and V once for each query head, which our attention reads where they lie: the same bytes",
     ),
+    Hook(
+        "transformers.generation.continuous_batching.input_outputs",
+        "build_attention_mask",
+        lambda own: _hidden(own),
+        ("llama", "qwen3", "mixtral", "qwen3_moe"),
+        "it hides other requests' keys by the dtype's least number, which leaves them their places in attention's order",
+    ),
 )
 
 
@@ -70,6 +80,18 @@ def _get_interface(self: Any, experts_implementation: Any, default: Any) -> Any:
 def _shared_heads(*_: Any) -> bool:
     """Whether attention may be given fewer heads of K and V than of queries: ours takes them with and without a mask."""
     return True
+
+
+def _hidden(own: Callable[..., None]) -> Callable[..., None]:
+    """The mask of a packed batch with -inf where transformers writes the least number: a row sees its own request's keys."""
+
+    @functools.wraps(own)
+    def build(attention_mask: Any, cumulative_seqlens_q: Any, *given: Any, **named: Any) -> None:
+        own(attention_mask, cumulative_seqlens_q, *given, **named)
+        rows = attention_mask[..., : cumulative_seqlens_q[-1], :]  # those after them are nobody's
+        rows.masked_fill_(rows <= torch.finfo(rows.dtype).min, -math.inf)
+
+    return build
 
 
 def _register(module: Any) -> None:

@@ -140,5 +140,5 @@ def test_every_axis_on_a_gpu(name: str) -> None:
                 walk.case(axis, number, 0)
         found = walk.results
     ran = {axis: one for axis, one in found.items() if one.verdict != "not_run"}
-    assert {"graph", "streams", "chunks", "prefill-decode"} <= ran.keys(), found
+    assert {"graph", "streams", "chunks", "prefill-decode", "paged"} <= ran.keys(), found
     assert {axis: one.rows_differing for axis, one in ran.items() if one.rows_differing} == {}

@@ -125,3 +125,28 @@ def test_a_mask_copies_no_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detinfer.policy.installed.Hooks", lambda: hooks.Hooks(table))
     assert run() == found
     assert heads == [(4, 4), (4, 4)], "without the hook they are copied"
+
+
+def test_keys_of_other_requests_are_hidden_in_a_packed_batch() -> None:
+    """Two requests, one of them a piece after five keys: what transformers hides by the least number has no place left."""
+    library = importlib.import_module("transformers.generation.continuous_batching.input_outputs")
+    least, before = torch.finfo(torch.bfloat16).min, library.build_attention_mask
+
+    def built() -> torch.Tensor:
+        mask = torch.full((1, 1, 8, 16), least, dtype=torch.bfloat16)
+        library.build_attention_mask(
+            attention_mask=mask, cumulative_seqlens_q=[0, 3, 4], cumulative_seqlens_k=[0, 8, 12], sliding_window=1
+        )
+        return mask[0, 0]
+
+    plain = built()
+    with deterministic("batch"):
+        ours = built()
+    assert library.build_attention_mask is before
+    own = torch.zeros(8, 16, dtype=torch.bool)
+    for row, keys in enumerate((range(6), range(7), range(8), range(8, 12))):
+        own[row, list(keys)] = True
+    assert bits.as_bytes(plain == 0) == bits.as_bytes(own)
+    assert bits.as_bytes(plain[~own]) == bits.as_bytes(torch.full_like(plain[~own], least))
+    assert bits.as_bytes(ours[:4] == 0) == bits.as_bytes(own[:4]) and bool(ours[:4][~own[:4]].isneginf().all())
+    assert bits.as_bytes(ours[4:]) == bits.as_bytes(plain[4:]), "rows that are nobody's still see something"
