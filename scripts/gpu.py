@@ -4,6 +4,7 @@
     python scripts/gpu.py --ranks 8          # the same between 8, with a table of paths that is made first
     python scripts/gpu.py --models           # one GPU: tests of operations and policies, a whole model's bytes and times
     python scripts/gpu.py --verify           # record, verify and time 8B-sized models; over two GPUs too where there are two
+    python scripts/gpu.py --racecheck        # compute-sanitizer's look at shared memory, small shapes between two GPUs
     python scripts/gpu.py --mutants          # builds with one planted fault each, and what the stress says of them
 
 Needs nvcc and torch with CUDA. What it builds is under build/gpu; `--prebuilt FILE` takes a library that is built already, and
@@ -126,6 +127,14 @@ def verify(folder: Path, limit: float | None, **given: str) -> int:
     return failed
 
 
+def racecheck(ranks: int, limit: float | None, **given: str) -> int:
+    """compute-sanitizer's racecheck of our kernels alone, which are slow under it: shapes of up to 81 tokens, once."""
+    tool = ["compute-sanitizer", "--tool", "racecheck", "--target-processes", "all", "--error-exitcode", "9"]
+    only = ["--kernel-name", "kernel_substring=detinfer"]
+    command = [sys.executable, "tests/collectives/cuda_stress.py", str(ranks), "1", "every path"]
+    return run([*tool, *only, *command, "--most", "81", "--timeout", "60"], limit, **given)
+
+
 def mutants(folder: Path, ranks: int, limit: float | None) -> int:
     """What the stress says of each planted fault: printed, and no failure."""
     with ThreadPoolExecutor() as pool:
@@ -138,7 +147,7 @@ def mutants(folder: Path, ranks: int, limit: float | None) -> int:
 def main() -> int:
     """Run what was asked for; 0 where all is well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("models", "verify", "mutants"):
+    for name in ("models", "verify", "racecheck", "mutants"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--prebuilt", type=Path)
@@ -158,7 +167,9 @@ def main() -> int:
             failed |= models(folder, chosen.limit, **given)
         if chosen.verify:
             failed |= verify(folder, chosen.limit, **given)
-        if not whole:
+        if chosen.racecheck:
+            failed |= racecheck(chosen.ranks, chosen.limit, **given)
+        elif not whole:
             failed |= collectives(folder, chosen.ranks, chosen.limit, **given)
         return failed
     finally:

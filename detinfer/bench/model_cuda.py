@@ -19,6 +19,7 @@ from detinfer import bits, environment
 from detinfer.errors import UsageError
 from detinfer.models.huggingface import transformers
 from detinfer.models.random_weights import draw
+from detinfer.models.row_parallel import local
 from detinfer.policy import deterministic
 
 _NAMES = (
@@ -95,12 +96,12 @@ def build(shape: str, dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
 
 
 def prove(model: Any) -> tuple[int, float]:
-    """Measure and prove every shape of the model's linear layers on this GPU: (shapes, seconds)."""
+    """Measure and prove every shape of the model's linear layers, this rank's share of them, on this GPU: (shapes, seconds)."""
     from detinfer.ops.matmul_cuda_proof import prove_shape
 
     start = time.perf_counter()
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    shapes = {(m.out_features, m.in_features, m.weight.dtype, m.bias is not None): m.weight.device for m in layers}
+    layers = [(local(m.weight), m.bias is not None) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    shapes = {(*weight.shape, weight.dtype, bias): weight.device for weight, bias in layers}
     for (n, k, dtype, bias), device in shapes.items():
         prove_shape(n, k, dtype, device, bias=bias)
     return len(shapes), time.perf_counter() - start
@@ -118,10 +119,18 @@ def ids(model: Any, batch: int, length: int, seed: int) -> torch.Tensor:
     return torch.randint(0, model.config.vocab_size, (batch, length), generator=draw, device=device)
 
 
+Step = Callable[[], tuple[float, float]]
+"""Milliseconds on the device, and of the host to start it."""
+
+
 def run(
-    model: Any, cases: Sequence[Case] = CASES, repeats: int = 7, said: Callable[[str], None] = lambda _: None
+    model: Any,
+    cases: Sequence[Case] = CASES,
+    repeats: int = 7,
+    said: Callable[[str], None] = lambda _: None,
+    together: Callable[[Step], tuple[float, float]] = lambda step: step(),
 ) -> Iterator[Timing]:
-    """Time every case, both sides in turn."""
+    """Time every case, both sides in turn; ``together`` makes a step at once on all ranks and gives the slowest's times."""
     timers = {"prefill": _prefill, "graph": _graph, "eager": _eager}
     with torch.inference_mode():
         for case in cases:
@@ -130,15 +139,11 @@ def run(
             once = [timers[case.kind](model, case, on) for on in (False, True)]
             for _ in range(repeats):
                 for side, step in zip(sides, once, strict=True):
-                    side.append(step())
+                    side.append(together(step))
             del once
             torch.cuda.empty_cache()
             off, on = ([_median([s[i] for s in side]) for i in (0, 1)] for side in sides)
             yield Timing(case.name, off[0], on[0], off[1], on[1])
-
-
-Step = Callable[[], tuple[float, float]]
-"""Milliseconds on the device, and of the host to start it."""
 
 
 def _median(found: Sequence[float]) -> float:
@@ -175,7 +180,8 @@ def static_cache(model: Any, batch: int, length: int) -> Any:
     """A static cache with ``length`` tokens in it, drawn, and room for more."""
     config, device, dtype = model.config, model.device, model.dtype
     cache = transformers("a static cache").StaticCache(config=config, max_cache_len=length + ROOM)
-    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, dtype, device)
+    heads = len(local(model.model.layers[0].self_attn.k_proj.weight)) // config.head_dim  # of this rank
+    cache.early_initialization(batch, heads, config.head_dim, dtype, device)
     draw = torch.Generator(device).manual_seed(7)
     for layer in cache.layers:
         for held in (layer.keys, layer.values):
@@ -196,7 +202,8 @@ def _graph(model: Any, case: Case, on: bool) -> Step:
             for _ in range(2):
                 model(input_ids=tokens, past_key_values=cache, use_cache=True)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+        # Only this thread's calls are the graph's: NCCL has a thread that asks for events.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             model(input_ids=tokens, past_key_values=cache, use_cache=True)
 
     def step() -> tuple[float, float]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import torch
@@ -13,6 +15,10 @@ from rich.progress import track
 
 from detinfer.cli import options
 from detinfer.errors import UsageError
+
+if TYPE_CHECKING:
+    from detinfer.bench.model_cuda import Check, Timing
+    from detinfer.models.ranks import Ranks
 
 
 @click.group()
@@ -54,19 +60,38 @@ def linear(names: tuple[str, ...], rows: str, threads: int, repeats: int) -> Non
 @click.option(
     "--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="On a GPU: write the result there."
 )
+@click.option("--tp", type=int, metavar="N", help="On GPUs: ranks to cut the model over, started here [default: 1].")
+@click.pass_context
 def model(
-    target: str | None, names: tuple[str, ...], threads: int, repeats: int, device: str, path: Path | None
+    context: click.Context,
+    target: str | None,
+    names: tuple[str, ...],
+    threads: int,
+    repeats: int,
+    device: str,
+    path: Path | None,
+    tp: int | None,
 ) -> None:
     """A whole causal language model, the policy on against off.
 
     On a CPU: TARGET (smollm2 unless given), prefill of 8 x 64 tokens, decode at batch 1 and 8. On a GPU: a Qwen3 in
     bfloat16 with drawn weights, of the shape TARGET (qwen3-8b unless given; qwen3-small), prefill of 8 x 2048 tokens, decode
-    in a CUDA graph and eager, and the bytes of rows compared.
+    in a CUDA graph and eager, and the bytes of rows compared. With --tp over so many GPUs, against NCCL's sums.
     """
     from detinfer.bench import model as benchmark
+    from detinfer.cli import ranks
     from detinfer.models import targets
 
-    if targets.checked(device).type == "cuda":
+    count = ranks.size(tp)
+    on_gpu = targets.checked(device).type == "cuda"
+    if count > 1:
+        if not on_gpu:
+            raise UsageError("bench model --tp is timed on GPUs: give --device cuda")
+        ranks.start(context, count)
+        with ranks.joined(count) as joined:
+            _model_over_ranks(target or "qwen3-8b", repeats, path, joined)
+        return
+    if on_gpu:
         _model_on_gpu(target or "qwen3-8b", repeats, path)
         return
     target = target or "smollm2"
@@ -87,9 +112,25 @@ def _model_on_gpu(shape: str, repeats: int, path: Path | None) -> None:
         shapes, seconds = benchmark.prove(built)
         found = list(benchmark.checks(built))
         timings = list(benchmark.run(built, repeats=repeats, said=status.update))
+    _show_model(f"{shape}: {shapes} shapes of linear layers proved in {seconds:.0f} s", timings, found, path)
+
+
+def _model_over_ranks(name: str, repeats: int, path: Path | None, ranks: Ranks) -> None:
+    from detinfer.bench import model_ranks
+
+    with Console(stderr=True, quiet=ranks.rank > 0).status("starting") as status:
+        found = model_ranks.run(name, ranks, repeats, status.update)
+    if ranks.rank == 0:
+        proved = f"{found.shapes} shapes of a rank's linear layers proved in {found.seconds:.0f} s"
+        _show_model(f"{name} over {ranks.size} GPUs: {proved}", found.timings, found.checks, path)
+
+
+def _show_model(title: str, timings: Sequence[Timing], found: Sequence[Check], path: Path | None) -> None:
+    from detinfer.bench import model_cuda as benchmark
+
     shown = Console()
     shown.width = max(shown.width, 120)
-    shown.print(f"{shape}: {shapes} shapes of linear layers proved in {seconds:.0f} s")
+    shown.print(title)
     for table in benchmark.tables(timings, found):
         shown.print(table)
     if path is not None:

@@ -61,7 +61,7 @@ class RowSum:
     """A row-parallel linear layer's forward: x [..., K / ranks] of this rank to the whole result [..., N]."""
 
     def __init__(self, name: str, module: nn.Linear, ranks: Ranks, asked: int | None) -> None:
-        weight, bias = _local(module.weight), None if module.bias is None else _local(module.bias)
+        weight, bias = local(module.weight), None if module.bias is None else local(module.bias)
         count = groups(module.in_features, asked)
         check(count, ranks.size)
         if weight.shape[1] * ranks.size != module.in_features:
@@ -88,7 +88,7 @@ class RowLookup:
     """An embedding whose rows are shared out: the rank that has a row gives it, a missing one is -0."""
 
     def __init__(self, name: str, module: nn.Embedding, ranks: Ranks) -> None:
-        self._weight, self._name, self._ranks = _local(module.weight), name, ranks
+        self._weight, self._name, self._ranks = local(module.weight), name, ranks
         sizes = ranks.share(self._weight.shape[0])
         self._first = sum(sizes[: ranks.rank])
 
@@ -99,7 +99,8 @@ class RowLookup:
         return self._ranks.all_reduce(torch.where(mine[..., None], rows, -0.0), self._name, "rank_tree")
 
 
-def _local(weight: Any) -> Tensor:
+def local(weight: Any) -> Tensor:
+    """What this rank holds of a weight: the weight itself, or its share where transformers has cut it."""
     held: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
     return held.detach()
 

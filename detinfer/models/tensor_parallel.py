@@ -34,6 +34,13 @@ GATHERED = ("colwise_rep", "colwise_gather_output")
 def load(
     spec: str, whole: Callable[[], Loaded], dtype: torch.dtype | None, ranks: Ranks, where: torch.device
 ) -> Loaded:
+    """``cut``, and what every rank should hold is noted for ``ranks`` to compare."""
+    loaded = cut(spec, whole, dtype, ranks, where)
+    watch(loaded.module, ranks)
+    return loaded
+
+
+def cut(spec: str, whole: Callable[[], Loaded], dtype: torch.dtype | None, ranks: Ranks, where: torch.device) -> Loaded:
     """This rank's share of a transformers causal language model, on ``where``; all ranks call it together.
 
     ``whole`` loads all of it, unless ``spec`` is ``hf:``, whose files transformers reads share by share. Raises
@@ -61,7 +68,6 @@ def load(
             ) from error
         ranks.share(None)  # the files are read
     huggingface.check_complete(spec, report)
-    watch(module, ranks)
     return Loaded("causal_lm", module, tokenizer=tokenizer, digest=digest, placed=True)
 
 

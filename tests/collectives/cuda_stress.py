@@ -6,8 +6,8 @@ what differs. With a library that carries a fault (csrc built with DETINFER_MUTA
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from typing import Any
 
 import numpy as np
@@ -113,13 +113,14 @@ def paths_of(comm: CudaCommunicator, tokens: int, hidden: int) -> list[str | Non
     return [None, "push_tiles", "pull", "two_shot", *(["push"] if fits and tokens <= 128 else [])]
 
 
-def work(iterations: int, every_path: bool) -> list[dict[str, Any]]:
-    """All shapes, eager and replayed; one line each."""
+def work(iterations: int, every_path: bool, most: int = 1 << 30, timeout: float = 10.0) -> list[dict[str, Any]]:
+    """All shapes of at most ``most`` tokens, eager and replayed; one line each."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    tables = {hidden: Table(ranks, rank, hidden) for hidden in {hidden for _, hidden in SHAPES}}
-    comm = connect(timeout=10.0)
+    shapes = [shape for shape in SHAPES if shape[0] <= most]
+    tables = {hidden: Table(ranks, rank, hidden) for hidden in {hidden for _, hidden in shapes}}
+    comm = connect(timeout=timeout)
     found = []
-    for tokens, hidden in SHAPES:
+    for tokens, hidden in shapes:
         for path in paths_of(comm, tokens, hidden) if every_path else [None]:
             for graph in (False, True):
                 line: dict[str, Any] = {"tokens": tokens, "hidden": hidden, "path": path, "graph": graph}
@@ -136,9 +137,17 @@ def work(iterations: int, every_path: bool) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Print one JSON line for each shape, and a summary."""
-    ranks, iterations = int(sys.argv[1]), int(sys.argv[2])
-    every_path = len(sys.argv) > 3
-    lines = cuda_timing.run(ranks, work, iterations, every_path, limit_s=300.0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ranks", type=int)
+    parser.add_argument("iterations", type=int)
+    parser.add_argument(
+        "paths", nargs="?", choices=("every path",), help="all that take a shape, not the default alone"
+    )
+    parser.add_argument("--most", type=int, default=1 << 30, metavar="TOKENS", help="shapes of at most so many")
+    parser.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="that a rank waits for another")
+    given = parser.parse_args()
+    ranks, iterations, limit = given.ranks, given.iterations, 30 * given.timeout
+    lines = cuda_timing.run(ranks, work, iterations, bool(given.paths), given.most, given.timeout, limit_s=limit)
     bad = [line for line in lines if line.get("wrong") or "error" in line]
     for line in bad[:5]:
         print(json.dumps(line))

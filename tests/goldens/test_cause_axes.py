@@ -102,16 +102,20 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def llama() -> tuple[Any, list[Request], dict[tuple[int, int], Any]]:
     """A small Llama, its requests, and what each gives alone."""
+    return small(torch.float32, "cpu")
+
+
+def small(dtype: torch.dtype, device: str) -> tuple[Any, list[Request], dict[tuple[int, int], Any]]:
     import zoo
 
-    module = zoo.build("llama", torch.float32)
+    module = zoo.build("llama", dtype)
     module.register_forward_pre_hook(
         lambda _, __, given: on.update(
             paged="cu_seq_lens_q" in given, static=type(given.get("past_key_values")).__name__ == "StaticCache"
         ),
         with_kwargs=True,
     )
-    target = targets.finish("llama", targets.Loaded("causal_lm", module))
+    target = targets.finish("llama", targets.Loaded("causal_lm", module)).to(device)
     found = []
     with deterministic("batch"):
         for row in zoo.tokens(3, 11).tolist():
@@ -186,3 +190,48 @@ def test_a_divergence_that_does_not_show_again(name: str, llama: Any, kinds: Non
     """Nothing is named where both runs agree."""
     first = Divergence("", "model", "", "prefill", 0, 1, "", (3,), 0, "", "", None, 1, 1, trial=0, axis=f"{name}: once")
     assert located(llama, first) is None
+
+
+def really(kind: str) -> bool:
+    """Whether a GPU's run of that kind is under way; ``on`` knows of caches and pages."""
+    if kind == "graph":
+        return torch.cuda.is_current_stream_capturing()
+    if kind == "streams":
+        return torch.cuda.current_stream() != torch.cuda.default_stream()
+    return torch.compiler.is_compiling() if kind == "compiled" else on.get(kind, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("name", "kind", "operation", "note"),
+    [
+        ("paged", "paged", LINEAR, "requests, pages of"),
+        ("graph", "graph", "Linear", "bits differ only under the graph's replay"),
+        ("graph", "static", LINEAR, "run eagerly, the same steps differ too"),
+        ("streams", "streams", "Linear", "bits differ only on other streams"),
+        ("compiled", "compiled", "Linear", "bits differ only as compiled"),
+    ],
+)
+def test_a_plant_is_located_on_a_gpu(name: str, kind: str, operation: str, note: str) -> None:
+    """Real graphs, streams, pages and compiled functions: sound first, then a layer that cuts its sums in two there."""
+    on.clear()
+    given = small(torch.bfloat16, "cuda")
+    assert diverged(given, name) is None
+    layer = given[0].module.get_submodule(GATE)
+    sound = layer.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not really(kind):
+            return sound(x)
+        half = x.shape[-1] // 2
+        return F.linear(x[..., :half], layer.weight[:, :half]) + F.linear(x[..., half:], layer.weight[:, half:])
+
+    layer.forward = forward
+    first = diverged(given, name)
+    assert first is not None and first.axis.startswith(f"{name}: ")
+    found = located(given, first)
+    assert found is not None
+    cause = found.cause
+    assert (cause.path, cause.operation) == (f"LlamaForCausalLM.{GATE}", operation), cause
+    assert note in cause.note and 0 < cause.elements_differing <= cause.elements
