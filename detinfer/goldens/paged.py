@@ -7,6 +7,8 @@ to whom, so rows are told apart by their tokens: requests run together only wher
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ def needs(model: Model) -> str | None:
     """Why a model cannot be run so, or None."""
     if not hasattr(model.module, "generate_batch"):
         return "only transformers' models have continuous batching"
+    if not hasattr(importlib.import_module("transformers.generation.configuration_utils"), "ContinuousBatchingConfig"):
+        return "this transformers has no ContinuousBatchingConfig; a newer one has"
     if model.slides:
         return "its sliding windows would be counted in slots of pages"
     if (attention := str(model.module.config._attn_implementation)) != "sdpa":
@@ -49,7 +53,9 @@ class Seen:
     @property
     def keys(self) -> list[int]:
         """Where each segment's keys end among those of all; of a pass that was kept."""
-        found: list[int] = next(iter(self.given["cu_seq_lens_k"].values())).tolist()
+        ends = self.given["cu_seq_lens_k"]
+        ends = ends if isinstance(ends, torch.Tensor) else next(iter(ends.values()))  # by kind of layer
+        found: list[int] = ends.tolist()
         return found
 
 
@@ -65,17 +71,13 @@ def paged(model: Model, rng: random.Random) -> Iterator[Rows]:
 
 def packed(model: Model, rng: random.Random, keep: bool = False) -> tuple[list[int], str, list[Seen]]:
     """The run of ``paged``: its requests, how they were run, and every forward pass, with ``keep`` so as to run it again."""
-    from transformers.generation import configuration_utils
-
-    library: Any = configuration_utils  # untyped in transformers
-
     order = list(range(len(model.tokens)))
     rng.shuffle(order)
     batch = apart(model.tokens, model.prompts, order)[:MOST]
     steps = min(len(model.tokens[i]) - model.prompts[i] for i in batch) + 1
     page, most = rng.choice((4, 8, 16, 32)), rng.randint(8, 48)
     pages = sum(-(-(model.prompts[i] + steps) // page) + 1 for i in batch)
-    how = library.ContinuousBatchingConfig(
+    how = _configured(
         page_size=page,
         num_blocks=2 * pages + 4,
         max_batch_tokens=most,
@@ -84,6 +86,7 @@ def packed(model: Model, rng: random.Random, keep: bool = False) -> tuple[list[i
         use_async_batching=False,
         auto_switch_to_flash=False,
     )
+    library: Any = importlib.import_module("transformers.generation.configuration_utils")  # untyped
     greedy = library.GenerationConfig(max_new_tokens=steps, do_sample=False, eos_token_id=-1, pad_token_id=0)
     prompts = [model.tokens[i][: model.prompts[i]] for i in batch]
     with _Watch(model.module, keep) as watch:
@@ -97,6 +100,18 @@ def packed(model: Model, rng: random.Random, keep: bool = False) -> tuple[list[i
             raise RefusedError(said)
         raise InfrastructureError(f"transformers' continuous batching answered {len(found)} of {len(prompts)}: {said}")
     return batch, f"{len(batch)} requests, pages of {page}, at most {most} tokens at once", watch.calls
+
+
+def _configured(**settings: Any) -> Any:
+    """A ContinuousBatchingConfig of the transformers that is installed, whose names have changed over time."""
+    library: Any = importlib.import_module("transformers.generation.configuration_utils")
+    known = inspect.signature(library.ContinuousBatchingConfig).parameters
+    named = {_ONCE.get(name, name) if name not in known else name: value for name, value in settings.items()}
+    return library.ContinuousBatchingConfig(**{name: value for name, value in named.items() if name in known})
+
+
+_ONCE = {"page_size": "block_size"}
+"""What a setting was called in transformers before; ``auto_switch_to_flash`` came with the later names."""
 
 
 def apart(tokens: Sequence[Sequence[int]], prompts: Sequence[int], order: Sequence[int]) -> list[int]:
