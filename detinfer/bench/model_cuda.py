@@ -205,8 +205,10 @@ def _graph(model: Any, case: Case, on: bool) -> Step:
         # Only this thread's calls are the graph's: NCCL has a thread that asks for events.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    chosen = tokens.clone()
 
     def step() -> tuple[float, float]:
+        tokens.copy_(chosen)  # what the graph reads has to stay where it is: this function holds it
         for layer in cache.layers:
             layer.cumulative_length.fill_(case.length)
         graph.replay()

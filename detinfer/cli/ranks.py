@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -57,6 +58,7 @@ def start(context: click.Context, count: int) -> None:
 @contextmanager
 def joined(count: int, timeout: float | None = None) -> Iterator[Ranks]:
     """This process among its ranks; on its own where ``count`` is 1. ``timeout``: seconds that one waits for another."""
+    import torch
     import torch.distributed
 
     from detinfer.collectives.launch import WAIT, join, place
@@ -70,9 +72,24 @@ def joined(count: int, timeout: float | None = None) -> Iterator[Ranks]:
     with join(mine, patience) as communicator:
         try:
             yield Spread(communicator, patience)
+        except torch.AcceleratorError as error:
+            _leave(error)
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+
+
+def _leave(error: Exception) -> NoReturn:
+    """End this rank at once: its GPU answers this process no more, and whatever would close NCCL or a graph waits for it."""
+    from detinfer.errors import EXIT_INFRASTRUCTURE
+
+    text = "".join(traceback.format_exception(error))
+    complain(
+        f"{text}\nerror: the GPU gave up in the middle of a kernel, as it does for an index that is out of range: see above"
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_INFRASTRUCTURE)
 
 
 def complain(message: str) -> None:

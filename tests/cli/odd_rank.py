@@ -1,4 +1,7 @@
-"""detinfer's command line as a rank, for torchrun: ``FAULT`` names a module whose result on rank 2 is off by a bit."""
+"""detinfer's command line as a rank, for torchrun: ``FAULT`` names a module whose result on rank 2 is off by a bit.
+
+With ``LOST`` it is rank 1 that looks up a row that is not there, which ends what its GPU does for the process.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,15 @@ def main() -> int:
         wrong.view(torch.int16)[0, 0, 0] ^= 1
         return wrong
 
+    def lost(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        rows = torch.full((1,), len(output) + 7, device=output.device)
+        return output + output.index_select(0, rows)
+
     def planted(module: Any, ranks: Any) -> None:
-        if fault and ranks.rank == 2:
+        if "LOST" in os.environ:
+            if ranks.rank == 1:
+                module.get_submodule(fault).register_forward_hook(lost)
+        elif fault and ranks.rank == 2:
             module.get_submodule(fault).register_forward_hook(off_by_a_bit)
         watch(module, ranks)
 

@@ -131,3 +131,20 @@ def test_two_gpus(tmp_path: Path) -> None:
         assert {axis["name"] for axis in result["invariance"]["axes"] if axis["comparisons"]} == set(axes[1].split(","))
         assert result["golden"]["verdict"] == verdict
         assert result["invariance"]["verdict"] == result["consistency"]["verdict"] == "same"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_a_rank_whose_gpu_gives_up(tmp_path: Path) -> None:
+    """Rank 1 reads a row that is not there: it says so, and the run ends at once, with nothing written."""
+    import tp_models
+
+    golden = tmp_path / "golden"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["record", "random:qwen3-small", "-o", str(golden), "--device", "cuda", *tp_models.SMALL]
+    more = {"PYTHONPATH": f"{HERE.parents[1]}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = {**os.environ, **more, "FAULT": "model.layers.0.mlp.down_proj", "LOST": "1"}
+    command = [sys.executable, *torchrun, str(HERE / "odd_rank.py"), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=150)
+    assert done.returncode != 0 and not golden.exists()
+    assert "rank 1: " in done.stderr and "error: the GPU gave up in the middle of a kernel" in done.stderr
