@@ -55,7 +55,7 @@ int check_config(const GpuConfig& config) {
 // A communicator that starts late finds flags of neither past nor future, as it would after so many calls, and hears that
 // all has been blanked so far.
 int late(void* buffer, const GpuConfig& config, const Regions& regions) {
-  if (const int status = checked(fill(buffer, 0x40, regions.bytes), "clearing the communicator's buffer")) return status;
+  if (const int status = checked(fill(buffer, 0x40, regions.announced), "clearing the communicator's buffer")) return status;
   const uint64_t told = config.first_sequence;
   for (int i = 0; i < config.push_channels * config.ranks; i++) {
     char* at = static_cast<char*>(buffer) + regions.blanks.cleared + i * sizeof told;
@@ -110,6 +110,8 @@ Regions regions_of(const GpuConfig& config) {
   regions.tiles = ring_at(end, config, static_cast<uint32_t>(config.tile_bytes));
   regions.parts = ring_at(end, config, part);
   regions.sums = ring_at(end, config, part);
+  regions.announced = end;
+  end += kMostRanks * sizeof(Words);
   regions.bytes = end;
   return regions;
 }
@@ -118,13 +120,15 @@ Link link_of(const Comm& comm, uint32_t* counters, const GpuCall& call) {
   Link link = {};
   for (int r = 0; r < comm.config.ranks; r++) link.buffer[r] = comm.buffer[r];
   link.counters = counters;
-  link.failed = &comm.state->failed;
+  link.state = comm.state;
   link.fault = comm.fault_device;
   link.call = static_cast<uint64_t>(call.count) << 16 | static_cast<uint64_t>(call.dtype & 0xff) << 8 |
-              static_cast<uint64_t>(call.collective & 0xff);
+              static_cast<uint64_t>(call.path & 0xf) << 4 | static_cast<uint64_t>(call.collective & 0xf);
   link.time_limit_ns = static_cast<uint64_t>(comm.config.time_limit_s * 1e9);
+  link.announced = comm.regions.announced;
   link.hash = hash_of(call);
   link.rank = comm.config.rank;
+  link.ranks = comm.config.ranks;
   return link;
 }
 

@@ -4,7 +4,7 @@
 
 namespace detinfer {
 
-static constexpr int32_t kGpuAbi = 3;
+static constexpr int32_t kGpuAbi = 4;
 
 enum class GpuCollective : int32_t { kAllReduce = 0, kReduceScatter, kAllGather, kAllReduceRmsNorm };
 enum class GpuPath : int32_t { kPush = 0, kPushTiles, kPull, kTwoShot };

@@ -27,7 +27,7 @@ ISA_VARIABLE = "DETINFER_CPU_ISA"
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """csrc's code of each storage dtype (csrc/platform.h)."""
 
-GPU_ABI = 3
+GPU_ABI = 4
 GPU_LIBRARY_VARIABLE = "DETINFER_GPU_LIBRARY"
 """Path of the GPU library to load instead of the installed one: for developing csrc."""
 

@@ -30,7 +30,7 @@ COLLECTIVES = ("communicator_gpu", "all_reduce", "all_gather", "all_reduce_rms_n
 SOURCES = tuple(sorted(file.stem for file in CSRC.glob("*.cu")))
 PATH = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 MUTANTS = (1, 2, 4, 5, 6, 7, 8)
-TESTS = ("all_reduce", "vectors", "processes", "protocol")
+TESTS = ("all_reduce", "vectors", "processes", "protocol", "mismatch")
 MODELS = ("tests", "--ignore=tests/collectives")
 """Every test marked gpu, less those of the collectives, whose kernels have a run of their own."""
 WHOLE = (("qwen3-8b", ()), ("qwen3-moe", ()), ("qwen3-8b", ("--tp", "2")))

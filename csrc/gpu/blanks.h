@@ -30,11 +30,6 @@ struct Blanks {
   uint32_t capacity;  // bytes of one source in a bank, a multiple of 16
 };
 
-// How far a channel is, in memory of this rank alone.
-struct Progress {
-  uint32_t epoch, extent;  // calls so far; bytes of a source that the last one had
-};
-
 template <int W> static __device__ __forceinline__ void store_words(char* at, const Pack<W>& pack) {
   const auto word = [&](int i) { return static_cast<uint64_t>(pack.word[i + 1]) << 32 | pack.word[i]; };
   if constexpr (W == 4) store_relaxed(reinterpret_cast<Words*>(at), Words{word(0), word(2)});
@@ -148,7 +143,7 @@ template <int N, int W> class BlankChannel {
     } while (!there && good_);
     if (!checked_) {
       if (good_ && check && static_cast<uint32_t>(found.low) != link_.hash) {
-        report(link_, kMismatch, source, epoch_, static_cast<uint32_t>(found.low));
+        look(link_, kFound, source, epoch_, static_cast<uint32_t>(found.low));
         good_ = false;
       }
       good_ = every_lane(good_);

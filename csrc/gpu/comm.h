@@ -10,19 +10,11 @@
 namespace detinfer {
 namespace gpu {
 
-static constexpr int kMostChannels = 1024;
-
-// Device memory of one rank that no other rank sees.
-struct State {
-  Progress push[kMostChannels];
-  uint32_t gathers[kMostChannels], tiles[kMostChannels], parts[kMostChannels], sums[kMostChannels];
-  uint32_t failed;
-};
-
 struct Regions {
   Blanks blanks;
   Packets packets;
   Ring tiles, parts, sums;
+  uint64_t announced;
   uint64_t bytes;
 };
 Regions regions_of(const GpuConfig& config);

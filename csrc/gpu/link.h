@@ -3,6 +3,10 @@
 // Each wait is bounded. A wait that runs out of time, or a peer that makes another call, records one Fault where the
 // host sees it and sets `failed`; from then on no kernel of the communicator waits, and every output that would have
 // held data from a failed wait is filled with ones bits (NaN). No failure returns numbers.
+//
+// A call's hash goes with its data. Ranks in calls of different paths wait in different places, where neither finds the
+// other's. So a rank whose wait has become long, or that has found another hash, announces to its peers which call it is
+// in. Nothing of it happens in short waits. What is released and acquired: docs/concepts/memory_ordering.md.
 #pragma once
 
 #include "../order.h"
@@ -10,7 +14,8 @@
 namespace detinfer {
 namespace gpu {
 
-enum FaultCode : uint32_t { kNoFault = 0, kTimeout = 1, kMismatch = 2 };
+// kMismatch: the peer's data had another hash. kAnnounced: the peer has announced another call.
+enum FaultCode : uint32_t { kNoFault = 0, kTimeout = 1, kMismatch = 2, kAnnounced = 3 };
 
 // In host memory that the device sees. detinfer/collectives/cuda_native.py has the same fields.
 struct Fault {
@@ -20,41 +25,97 @@ struct Fault {
   uint32_t channel;
   uint32_t expected;  // this rank's call, hashed
   uint32_t found;     // the peer's
-  uint64_t call;      // what this rank was doing: collective in the low 8 bits, dtype in the next 8, elements above
+  uint64_t call;      // what this rank was doing: collective and path, 4 bits each from the lowest; dtype, 8; elements
+  uint64_t theirs;    // kAnnounced: what the peer was doing
+};
+
+// How far a channel of push_sum and its kind is.
+struct Progress {
+  uint32_t epoch, extent;  // calls so far; bytes of a source that the last one had
+};
+
+static constexpr int kMostChannels = 1024;
+
+// Device memory of one rank that no other rank sees.
+struct State {
+  Progress push[kMostChannels];
+  uint32_t gathers[kMostChannels], tiles[kMostChannels], parts[kMostChannels], sums[kMostChannels];
+  uint32_t failed;  // 0, or mark_of() the call that has
 };
 
 struct Link {
   char* buffer[kMostRanks];  // every rank's shared buffer, as this process sees it; [rank] is its own
   uint32_t* counters;        // exchanges done so far, one a channel of this path
-  uint32_t* failed;
+  State* state;
   Fault* fault;
   uint64_t call;
   uint64_t time_limit_ns;
-  uint32_t hash;  // of everything that the ranks of a call must agree on
-  int32_t rank;
+  uint64_t announced;  // offset in a rank's buffer: [source] Words, see announce()
+  uint32_t hash;       // of everything that the ranks of a call must agree on
+  int32_t rank, ranks;
 };
 
+// Exchanges before this call, as block 0 counts them until it ends. It takes part in every call, so ranks that have made the
+// same calls have counted the same.
+static __device__ __forceinline__ uint32_t exchanges(const Link& link) {
+  const State* state = link.state;
+  return load_flag(&state->push[0].epoch) + load_flag(state->gathers) + load_flag(state->tiles) + load_flag(state->parts);
+}
+static __device__ __forceinline__ uint32_t mark_of(uint32_t before) { return before << 1 | 1u; }
+
+static __device__ __forceinline__ void announce(const Link& link, int peer, uint32_t before) {
+  Words* at = reinterpret_cast<Words*>(link.buffer[peer] + link.announced) + link.rank;
+  store_relaxed(&at->high, link.call);
+  store_release(&at->low, static_cast<uint64_t>(before) << 32 | link.hash);
+}
+static __device__ __forceinline__ const Words* announced(const Link& link, int peer) {
+  return reinterpret_cast<const Words*>(link.buffer[link.rank] + link.announced) + peer;
+}
+// The hash that the peer has announced, if it is another after as many exchanges, else 0.
+static __device__ __forceinline__ uint32_t other_hash(const Link& link, int peer, uint32_t before) {
+  const uint64_t theirs = load_acquire(&announced(link, peer)->low);
+  const uint32_t hash = static_cast<uint32_t>(theirs);
+  return static_cast<uint32_t>(theirs >> 32) == before && hash != link.hash ? hash : 0;
+}
+
 static __device__ __noinline__ void report(const Link& link, FaultCode code, int peer, uint32_t sequence, uint32_t found) {
-  if (atomicExch(link.failed, 1u) != 0) return;
+  if (atomicExch(&link.state->failed, mark_of(exchanges(link))) != 0) return;
   link.fault->peer = static_cast<uint32_t>(peer);
   link.fault->sequence = sequence;
   link.fault->channel = blockIdx.x;
   link.fault->expected = link.hash;
   link.fault->found = found;
   link.fault->call = link.call;
+  if (code == kAnnounced) link.fault->theirs = load_relaxed(&announced(link, peer)->high);
   fence_system();
   *static_cast<volatile uint32_t*>(&link.fault->code) = code;
   fence_system();
 }
 
-// Looks at the clock for a wait that began at `since` (0: now). Gives when it began, or kOver: the wait has to end.
-static constexpr uint64_t kOver = ~0ull;
+// Looks at the clock for a wait that began at `since` (0: now; kFound: it has ended, the peer's call being `found`). Gives
+// when it began, or kOver: the wait has to end.
+//
+// In block 0 the lane of a rank's number waits for that rank's first word of the call, and is who tells it and hears it. A
+// call announces while nothing has failed before it: what it says of itself must not hide what the failed one has said.
+static constexpr uint64_t kOver = ~0ull, kFound = kOver - 1;
 static __device__ __noinline__ uint64_t look(const Link& link, uint64_t since, int peer, uint32_t sequence, uint32_t found) {
-  if (load_flag(link.failed) != 0) return kOver;
-  const uint64_t now = now_ns();
-  if (since == 0) return now;
-  if (now - since < link.time_limit_ns) return since;
-  report(link, kTimeout, peer, sequence, found);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  if (blockIdx.x == 0 && lane < link.ranks && lane != link.rank) {
+    const uint32_t before = exchanges(link), failed = load_flag(&link.state->failed);
+    if ((since == 0 || since == kFound) && (failed == 0 || failed == mark_of(before))) announce(link, lane, before);
+    if (failed == 0 && since != kFound)
+      if (const uint32_t other = other_hash(link, lane, before)) {
+        report(link, kAnnounced, lane, sequence, other);
+        return kOver;
+      }
+  }
+  if (load_flag(&link.state->failed) != 0) return kOver;
+  if (since != kFound) {
+    const uint64_t now = now_ns();
+    if (since == 0) return now;
+    if (now - since < link.time_limit_ns) return since;
+  }
+  report(link, since == kFound ? kMismatch : kTimeout, peer, sequence, found);
   return kOver;
 }
 

@@ -377,14 +377,20 @@ class CudaCommunicator:
         fault = gpu.fault_of(self._comm)
         if fault.code == 0:
             return
-        call = f"{gpu.describe(fault)} (exchange {fault.sequence} of channel {fault.channel})"
+        call = f"{gpu.describe(fault.call)} (exchange {fault.sequence} of channel {fault.channel})"
         after = "its outputs hold NaN; close the communicator on all ranks and connect again"
         if gpu.FAULTS[fault.code] == "timeout":
             raise PeerError(
                 f"rank {self.rank} waited {self.timeout:g} s for rank {fault.peer} in {call}: that rank died, is stuck "
-                f"or made another call; {after}"
+                f"or has made no call; {after}"
             )
-        raise RankMismatch(f"rank {fault.peer} made another call than rank {self.rank}, which was in {call}; {after}")
+        theirs = ""
+        if fault.theirs:
+            same = " too, with other options" if fault.theirs == fault.call else ""
+            theirs = f"; rank {fault.peer} was in {gpu.describe(fault.theirs)}{same}"
+        raise RankMismatch(
+            f"rank {fault.peer} made another call than rank {self.rank}, which was in {call}{theirs}; {after}"
+        )
 
     def close(self) -> None:
         """Wait for this rank's kernels and free its memory; on all ranks. May be called twice."""

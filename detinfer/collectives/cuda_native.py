@@ -16,7 +16,7 @@ from detinfer.errors import NativeError
 
 COLLECTIVES = {"all_reduce": 0, "reduce_scatter": 1, "all_gather": 2, "all_reduce_rms_norm": 3}
 PATHS = {"push": 0, "push_tiles": 1, "pull": 2, "two_shot": 3}
-FAULTS = {1: "timeout", 2: "mismatch"}
+FAULTS = {1: "timeout", 2: "mismatch", 3: "announced mismatch"}
 
 
 class Config(ctypes.Structure):
@@ -78,6 +78,7 @@ class Fault(ctypes.Structure):
         ("expected", ctypes.c_uint32),
         ("found", ctypes.c_uint32),
         ("call", ctypes.c_uint64),
+        ("theirs", ctypes.c_uint64),
     )
 
 
@@ -217,13 +218,12 @@ def fault_of(comm: int) -> Fault:
     return fault
 
 
-def describe(fault: Fault) -> str:
-    """A fault's call in words: ``all_reduce of 4096 x bfloat16``."""
-    what = next((name for name, code in COLLECTIVES.items() if code == fault.call & 0xFF), "a collective")
-    if what == "all_gather":
-        return f"{what} of {fault.call >> 16} bytes"
-    dtype = next((dtype_name(d) for d, code in native.DTYPES.items() if code == fault.call >> 8 & 0xFF), "elements")
-    return f"{what} of {fault.call >> 16} x {dtype}"
+def describe(call: int) -> str:
+    """A fault's ``call`` or ``theirs`` in words: ``all_reduce of 4096 x bfloat16 by push``."""
+    what = next((name for name, code in COLLECTIVES.items() if code == call & 0xF), "a collective")
+    path = next((name for name, code in PATHS.items() if code == call >> 4 & 0xF), "another path")
+    dtype = next((dtype_name(d) for d, code in native.DTYPES.items() if code == call >> 8 & 0xFF), "elements")
+    return f"{what} of {call >> 16}{' bytes' if what == 'all_gather' else f' x {dtype}'} by {path}"
 
 
 def _public_stream(device: int) -> int:

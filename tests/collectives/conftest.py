@@ -13,6 +13,7 @@ HERE = str(Path(__file__).parent)
 if HERE not in sys.path:  # `ranks` is imported by name, here and in the processes
     sys.path.append(HERE)
 
+import fibers  # noqa: E402
 import ranks as _ranks  # noqa: E402
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -30,6 +31,12 @@ def server() -> Iterator[None]:
         del os.environ["PYTHONPATH"]
     else:
         os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="session")
+def fibers_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GPU library built for the CPU, once for all files of tests that run it."""
+    return fibers.library(tmp_path_factory.mktemp("fibers"))
 
 
 @pytest.fixture(scope="module")

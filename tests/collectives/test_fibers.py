@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cuda_vectors import GOLDENS, called
-from fibers import Ranks, library, same, tensor_of
+from fibers import Ranks, same, tensor_of
 
 from detinfer import bits, native
 from detinfer.collectives import cuda_native
@@ -27,9 +28,9 @@ DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _library(fibers_library: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(native.GPU_LIBRARY_VARIABLE, str(library(tmp_path_factory.mktemp("fibers"))))
+        patch.setenv(native.GPU_LIBRARY_VARIABLE, str(fibers_library))
         for cached in (native._open_gpu, cuda_native.library):
             cached.cache_clear()
         yield
