@@ -143,7 +143,7 @@ template <int N, int W> class BlankChannel {
     } while (!there && good_);
     if (!checked_) {
       if (good_ && check && static_cast<uint32_t>(found.low) != link_.hash) {
-        look(link_, kFound, source, epoch_, static_cast<uint32_t>(found.low));
+        look(link_, kOver, source, epoch_, static_cast<uint32_t>(found.low));
         good_ = false;
       }
       good_ = every_lane(good_);

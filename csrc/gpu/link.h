@@ -92,30 +92,30 @@ static __device__ __noinline__ void report(const Link& link, FaultCode code, int
   fence_system();
 }
 
-// Looks at the clock for a wait that began at `since` (0: now; kFound: it has ended, the peer's call being `found`). Gives
-// when it began, or kOver: the wait has to end.
+// Looks at the clock for a wait that began at `since` (0: now; kOver: it is over, and the peer's call was another, `found`).
+// Gives when it began, or kOver: the wait has to end.
 //
 // In block 0 the lane of a rank's number waits for that rank's first word of the call, and is who tells it and hears it. A
 // call announces while nothing has failed before it: what it says of itself must not hide what the failed one has said.
-static constexpr uint64_t kOver = ~0ull, kFound = kOver - 1;
+static constexpr uint64_t kOver = ~0ull;
 static __device__ __noinline__ uint64_t look(const Link& link, uint64_t since, int peer, uint32_t sequence, uint32_t found) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   if (blockIdx.x == 0 && lane < link.ranks && lane != link.rank) {
     const uint32_t before = exchanges(link), failed = load_flag(&link.state->failed);
-    if ((since == 0 || since == kFound) && (failed == 0 || failed == mark_of(before))) announce(link, lane, before);
-    if (failed == 0 && since != kFound)
+    if ((since == 0 || since == kOver) && (failed == 0 || failed == mark_of(before))) announce(link, lane, before);
+    if (failed == 0 && since != kOver)
       if (const uint32_t other = other_hash(link, lane, before)) {
         report(link, kAnnounced, lane, sequence, other);
         return kOver;
       }
   }
   if (load_flag(&link.state->failed) != 0) return kOver;
-  if (since != kFound) {
+  if (since != kOver) {
     const uint64_t now = now_ns();
     if (since == 0) return now;
     if (now - since < link.time_limit_ns) return since;
   }
-  report(link, since == kFound ? kMismatch : kTimeout, peer, sequence, found);
+  report(link, since == kOver ? kMismatch : kTimeout, peer, sequence, found);
   return kOver;
 }
 

@@ -98,7 +98,7 @@ template <int N> class PacketChannel {
     } while (!there && good_);
     if (!checked_) {
       if (good_ && check && static_cast<uint32_t>(header.low) != link_.hash) {
-        look(link_, kFound, source, epoch_, static_cast<uint32_t>(header.low));
+        look(link_, kOver, source, epoch_, static_cast<uint32_t>(header.low));
         good_ = false;
       }
       good_ = every_lane(good_);

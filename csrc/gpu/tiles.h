@@ -53,7 +53,7 @@ template <int N> class TileChannel {
       while (static_cast<uint32_t>(found = load_acquire(at)) != sequence && good)
         good = !patience.over(t, sequence, static_cast<uint32_t>(found >> 32));
       if (good && found != value(sequence)) {
-        look(link_, kFound, t, sequence, static_cast<uint32_t>(found >> 32));
+        look(link_, kOver, t, sequence, static_cast<uint32_t>(found >> 32));
         good = false;
       }
     }
