@@ -80,15 +80,19 @@ def joined(count: int, timeout: float | None = None) -> Iterator[Ranks]:
 
 
 def _leave(error: Exception) -> NoReturn:
-    """End this rank at once: its GPU answers this process no more, and whatever would close NCCL or a graph waits for it."""
+    """End this rank at once: its GPU answers this process no more, and whatever would close NCCL or a graph waits for it.
+
+    NCCL's own thread ends the process where it sees the error first: nothing waits here.
+    """
     from detinfer.errors import EXIT_INFRASTRUCTURE
 
     text = "".join(traceback.format_exception(error))
-    complain(
-        f"{text}\nerror: the GPU gave up in the middle of a kernel, as it does for an index that is out of range: see above"
+    click.echo(
+        f"{text}\nerror: rank {number()}: the GPU gave up in the middle of a kernel, as it does for an index that is out of "
+        "range: what it printed is above",
+        err=True,
     )
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(EXIT_INFRASTRUCTURE)
 
 

@@ -128,7 +128,8 @@ def test_two_gpus(tmp_path: Path) -> None:
         golden = tp_models.record(spec, tmp_path / ranks, "--tp", ranks, *device)
         code, result = tp_models.verified(golden, tmp_path / f"{ranks}.json", "--tp", "2", *device, *axes)
         assert code == 0
-        assert {axis["name"] for axis in result["invariance"]["axes"] if axis["comparisons"]} == set(axes[1].split(","))
+        ran = {axis["name"] for axis in result["invariance"]["axes"] if axis["comparisons"]}
+        assert ran == {*axes[1].split(","), *(["tp"] if ranks == "1" else [])}
         assert result["golden"]["verdict"] == verdict
         assert result["invariance"]["verdict"] == result["consistency"]["verdict"] == "same"
 
@@ -136,7 +137,10 @@ def test_two_gpus(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 def test_a_rank_whose_gpu_gives_up(tmp_path: Path) -> None:
-    """Rank 1 reads a row that is not there: it says so, and the run ends at once, with nothing written."""
+    """Rank 1 reads a row that is not there: the run ends at once, with nothing written, and says why.
+
+    Who ends rank 1 is a race: detinfer, where its next call meets the error, or the thread with which torch watches NCCL.
+    """
     import tp_models
 
     golden = tmp_path / "golden"
@@ -147,4 +151,6 @@ def test_a_rank_whose_gpu_gives_up(tmp_path: Path) -> None:
     command = [sys.executable, *torchrun, str(HERE / "odd_rank.py"), *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=150)
     assert done.returncode != 0 and not golden.exists()
-    assert "rank 1: " in done.stderr and "error: the GPU gave up in the middle of a kernel" in done.stderr
+    ours = "error: rank 1: the GPU gave up in the middle of a kernel" in done.stderr
+    torchs = "Signal 6 (SIGABRT)" in done.stderr and "device-side assert" in done.stderr
+    assert "Assertion `srcIndex < srcSelectDimSize` failed" in done.stderr and (ours or torchs), done.stderr[-4000:]
