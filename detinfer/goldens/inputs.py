@@ -120,6 +120,12 @@ def requests_of(golden: Golden, target: Any, module_requests: Sequence[Request])
     ]
 
 
+def units_of(golden: Golden, ranks: Ranks) -> list[dict[str, Any]]:
+    """The units that this rank replays; of another number of ranks, the golden's rank 0 has those of every rank."""
+    rank = ranks.rank if golden.manifest.ranks == ranks.size else 0
+    return [unit for unit in golden.manifest.units if unit.get("rank", 0) == rank]
+
+
 def chosen_units(
     golden: Golden, target: Any, policy: Policy, options: Options, ranks: Ranks
 ) -> tuple[list[Replay], list[dict[str, Any]], Any]:
@@ -129,8 +135,7 @@ def chosen_units(
     """
     manifest = golden.manifest
     matches = pattern(options.layers).search
-    rank = ranks.rank if manifest.ranks == ranks.size else 0  # of another number, rank 0's units stand for every rank's
-    own = [unit for unit in manifest.units if unit.get("rank", 0) == rank]
+    own = units_of(golden, ranks)
     chosen = [unit for unit in own if matches(unit["name"]) is not None]
     if reductions_of(manifest) != policy.reductions:  # stale, and some layers are others: judge those that are here
         here = {name for name, _ in target.module.named_modules()}

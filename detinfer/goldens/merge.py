@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from detinfer.goldens.collect import WHOLE
@@ -28,7 +28,7 @@ def merge(results: Sequence[Result], held: Sequence[Held]) -> Result:
     whole, size = results[0], len(results)
     if size == 1:
         return whole
-    names = {tally.name: index for index, tally in enumerate(whole.invariance.units) if tally.name != WHOLE}
+    names = order(whole.invariance.units)
     return replace(
         whole,
         invariance=_invariance([result.invariance for result in results], names),
@@ -44,8 +44,13 @@ def merge(results: Sequence[Result], held: Sequence[Held]) -> Result:
     )
 
 
+def order(units: Sequence[Tally]) -> dict[str, int]:
+    """The place of each unit in the order of execution, without the whole model, which comes last."""
+    return {tally.name: index for index, tally in enumerate(units) if tally.name != WHOLE}
+
+
 def _invariance(parts: Sequence[Invariance], names: dict[str, int]) -> Invariance:
-    first = _first([part.first for part in parts], names)
+    found = first([part.first for part in parts], names)
     everything = [replace(one, rank=rank) for rank, part in enumerate(parts) for one in part.divergences]
     return replace(
         parts[0],
@@ -55,7 +60,7 @@ def _invariance(parts: Sequence[Invariance], names: dict[str, int]) -> Invarianc
         rows_compared=sum(part.rows_compared for part in parts),
         rows_differing=sum(part.rows_differing for part in parts),
         units=_tallies([part.units for part in parts]),
-        first=first,
+        first=found,
         divergences=everything[:KEPT],
         order_free=list(dict.fromkeys(op for part in parts for op in part.order_free)),
         reasons=_reasons([part.reasons for part in parts]),
@@ -72,7 +77,7 @@ def _axes(parts: Sequence[Sequence[AxisResult]]) -> list[AxisResult]:
             comparisons=sum(one.comparisons for one in same),
             rows_compared=sum(one.rows_compared for one in same),
             rows_differing=sum(one.rows_differing for one in same),
-            first=_first([one.first for one in same], {}),
+            first=first([one.first for one in same], {}),
         )
         for same in zip(*parts, strict=True)
     ]
@@ -85,7 +90,7 @@ def _golden(parts: Sequence[Comparison], names: dict[str, int]) -> Comparison:
         calls=sum(part.calls for part in parts),
         rows_compared=sum(part.rows_compared for part in parts),
         rows_differing=sum(part.rows_differing for part in parts),
-        first=_first([part.first for part in parts], names),
+        first=first([part.first for part in parts], names),
         reasons=_reasons([part.reasons for part in parts]),
     )
 
@@ -98,7 +103,7 @@ def _control(parts: Sequence[Control], names: dict[str, int]) -> Control:
         rows_compared=sum(part.rows_compared for part in parts),
         rows_differing=sum(part.rows_differing for part in parts),
         units=_tallies([part.units for part in parts]),
-        first=_first([part.first for part in parts], names),
+        first=first([part.first for part in parts], names),
         axes=_axes([part.axes for part in parts]),
     )
 
@@ -107,8 +112,11 @@ def _worst(verdicts: Iterable[Verdict]) -> Verdict:
     return min(verdicts, key=_WORST.index)
 
 
-def _first(parts: Sequence[Divergence | None], names: dict[str, int]) -> Divergence | None:
-    """The innermost unit that ran first; of one unit, the lowest rank's."""
+def first(parts: Sequence[Divergence | None], names: Mapping[str, int]) -> Divergence | None:
+    """Of every rank's first divergence the innermost unit that ran first; of one unit, the lowest rank's.
+
+    ``names``: the place of each unit in the order of execution.
+    """
     found = [replace(part, rank=rank) for rank, part in enumerate(parts) if part is not None]
     return min(found, key=lambda one: names.get(one.unit, len(names)), default=None)
 

@@ -55,7 +55,8 @@ class Cause:
     the two runs reach the operation by different ones, ``only_there``), ``inputs_unknown`` those of which it cannot be
     told what belongs to the request; ``repeats`` says whether the operation gives its bytes again when it is run again
     on either side. ``batch`` is the smallest number of rows that still shows it, ``requests`` those
-    in them, ``kernels_*`` the GPU kernels of both sides. ``note`` says what else was found out: where it is there, ``operation``
+    in them, ``kernels_*`` the GPU kernels of both sides. ``ranks`` are those of several on which its results differ, empty
+    on one; the element is the first of them's. ``note`` says what else was found out: where it is there, ``operation``
     may be the type of the module ``path``, in which no operation could be watched.
     """
 
@@ -79,6 +80,14 @@ class Cause:
     kernels_alone: list[str] = field(default_factory=list)
     kernels_other: list[str] = field(default_factory=list)
     note: str = ""
+    ranks: list[int] = field(default_factory=list)
+
+
+def named(ranks: Sequence[int]) -> str:
+    """``rank 2``, ``ranks 0 and 1``, ``ranks 0, 1 and 2``."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
 @dataclass

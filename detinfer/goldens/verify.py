@@ -14,7 +14,7 @@ from detinfer import bits, environment, native
 from detinfer.errors import InfrastructureError
 from detinfer.goldens import across, axes, stress_inputs, tree
 from detinfer.goldens.cause import over_ranks
-from detinfer.goldens.cause.find import find
+from detinfer.goldens.cause.find import find, together
 from detinfer.goldens.collect import WHOLE
 from detinfer.goldens.compare import by_digests, compare
 from detinfer.goldens.control import run_control
@@ -22,7 +22,7 @@ from detinfer.goldens.format import Golden
 from detinfer.goldens.inputs import Options, chosen_units, load_inputs, reductions_of
 from detinfer.goldens.jobs import Pool
 from detinfer.goldens.ledger import Ledger, run_here
-from detinfer.goldens.merge import merge
+from detinfer.goldens.merge import merge, order
 from detinfer.goldens.replay import Replay
 from detinfer.goldens.result import AxisResult, Comparison, Control, Divergence, Invariance, Result, Sensitivity, Tally
 from detinfer.goldens.resume import Broken, Interrupted, check_alone, unfinished
@@ -162,10 +162,12 @@ def verify(
         )
         result.golden = _staleness(result.golden, manifest, target, result.decisions, policy)
 
-        if result.invariance.first is not None and ranks.size == 1:
+        places = ranks.share(order(result.invariance.units))[0]
+        diverged = together(ranks, result.invariance.first, places)
+        if diverged is not None:
             progress("cause", 0, 1)
             with deterministic(replace(policy, uncovered="trust")):
-                located = find(target, requests, units, trials, result.invariance.first, options.seed)
+                located = find(target, requests, units, trials, diverged, options.seed, ranks)
             result.invariance.cause = located.cause if located is not None else None
             clock("cause")
         if options.control:
@@ -177,10 +179,10 @@ def verify(
                 result.control = run_control(
                     control, half, able, part, options.seed, done, lambda of, by: share(of, by, "control")
                 )
-                first = result.control.first
-                if first is not None and result.invariance.first is None and ranks.size == 1:
+                first = together(ranks, result.control.first, places)
+                if first is not None and diverged is None:
                     with torch.no_grad():
-                        located = find(target, requests, units, half, first, options.seed)
+                        located = find(target, requests, units, half, first, options.seed, ranks)
                     result.control.cause = located.cause if located is not None else None
             clock("control")
         ranks.settle()

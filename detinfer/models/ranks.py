@@ -23,6 +23,9 @@ from detinfer.policy.refusals import message
 GATHER = "detinfer::all_gather"
 _SUFFIX: dict[Order, str] = {"rank_order": "", "rank_tree": ".rank_tree"}
 
+Watcher = Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]
+"""``watcher(operation, call, arguments)`` is to return ``call(*arguments)``, which all ranks make together."""
+
 
 @dataclass
 class Held:
@@ -45,6 +48,8 @@ class Ranks:
         self.held = Held()
         self.reduced: dict[tuple[torch.dtype, int], None] = {}
         """Dtype and width (last dimension) of every sum so far."""
+        self.watcher: Watcher | None = None
+        """Sees the sums and gatherings of a model's layers, which are no operations that torch's dispatcher knows."""
 
     def all_reduce(self, x: torch.Tensor, name: str, order: Order = "rank_order") -> torch.Tensor:
         """The sum of every rank's ``x`` in rank order, rounded once to its dtype; ``name`` is the caller's, for reports.
@@ -144,9 +149,16 @@ class Spread(Ranks):
         self._pending: list[tuple[str, str]] = []
         self._sum: Callable[[torch.Tensor], torch.Tensor] = communicator.all_reduce
 
-    @bits.unseen
+    def _watched(self, operation: str, call: Callable[..., Any], *args: Any) -> Any:
+        return call(*args) if self.watcher is None else self.watcher(operation, call, args)
+
     def all_reduce(self, x: torch.Tensor, name: str, order: Order = "rank_order") -> torch.Tensor:
         """Raises RefusedError when the path's proof fails here, PeerError when a rank is lost."""
+        total: torch.Tensor = self._watched(SUBJECT + _SUFFIX[order], self._all_reduce, x, name, order)
+        return total
+
+    @bits.unseen
+    def _all_reduce(self, x: torch.Tensor, name: str, order: Order) -> torch.Tensor:
         if (SUBJECT + _SUFFIX[order], x.dtype) not in self._decisions:
             self._prove(x.dtype, order)
         total = self._communicator.all_reduce(x, order=order)
@@ -165,15 +177,18 @@ class Spread(Ranks):
     def add_by(self, sum_of: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
         self._sum = sum_of or functools.partial(self._communicator.all_reduce, order="rank_tree")
 
-    @bits.unseen
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        self._gathers(x)
-        return self._communicator.all_gather(x, dim=-1)
+        whole: torch.Tensor = self._watched(GATHER, self._gather, x, -1)
+        return whole
 
     @bits.unseen
     def gather_rows(self, x: torch.Tensor) -> torch.Tensor:
-        self._gathers(x)
-        return self._communicator.all_gather(x)
+        return self._gather(x, 0)
+
+    @bits.unseen
+    def _gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        self._decisions.setdefault((GATHER, x.dtype), Accepted(GATHER, "csrc/collectives", MOVES, portable=True))
+        return self._communicator.all_gather(x, dim=dim)
 
     @bits.unseen
     def reduce_scatter_rows(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -187,17 +202,22 @@ class Spread(Ranks):
     def fused(self) -> bool:
         return True
 
-    @bits.unseen
     def all_reduce_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        both: tuple[torch.Tensor, torch.Tensor] = self._watched(
+            FUSED, self._all_reduce_rms_norm, x, residual, weight, eps
+        )
+        return both
+
+    @bits.unseen
+    def _all_reduce_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if (FUSED, x.dtype) not in self._decisions:
             self._prove_fused(x.dtype)
         self.reduced[x.dtype, x.shape[-1]] = None
         return self._communicator.all_reduce_rms_norm(x, residual, weight, eps, weight_mode="fp32")
-
-    def _gathers(self, x: torch.Tensor) -> None:
-        self._decisions.setdefault((GATHER, x.dtype), Accepted(GATHER, "csrc/collectives", MOVES, portable=True))
 
     def sum_of(self, x: torch.Tensor) -> torch.Tensor:
         return self._sum(x)

@@ -22,7 +22,7 @@ def commands(result: Result) -> list[str]:
     for what, part in (("invariance", result.invariance), ("golden", result.golden)):
         if part.first is not None:
             cause = getattr(part, "cause", None)
-            by = f" by {cause.operation} in {cause.path}" if cause is not None else ""
+            by = f" by {cause.operation} in {cause.path}{summary.on_ranks(cause)}" if cause is not None else ""
             text = f"{summary.place(part.first)}\n{summary.values(part.first)}{by}\nredo: {part.first.command}"
             found.append(command("error", f"detinfer {what}: {part.first.unit}", text))
     for name, verdict, sentence in summary.verdicts(result):
@@ -42,7 +42,10 @@ def job_summary(result: Result) -> str:
     if mark := summary.fingerprint(result):
         lines += ["", f"Under `{mark}`."]
     if (cause := result.invariance.cause) is not None:
-        lines += ["", f"First cause: `{cause.operation}` in `{cause.path}`, {summary.values(cause)}."]
+        lines += [
+            "",
+            f"First cause: `{cause.operation}` in `{cause.path}`{summary.on_ranks(cause)}: {summary.values(cause)}.",
+        ]
     differing = [layer for layer in summary.layers(result.invariance.units) if layer.differing]
     if differing:
         lines += ["", "| layer | rows | differ |", "|---|---|---|"]

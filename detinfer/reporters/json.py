@@ -30,6 +30,12 @@ class Saved:
     options: Options
     held: dict[str, Any]
 
+    @property
+    def ranks(self) -> int:
+        """The number of ranks that it was found on."""
+        found: int = self.held.get("consistency", {}).get("ranks", 1)
+        return found
+
     def first(self, part: Literal["invariance", "control"]) -> Divergence | None:
         """The first divergence of that part."""
         found = self.held[part]["first"]

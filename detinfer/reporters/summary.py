@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from detinfer.goldens.result import AxisResult, Cause, Divergence, Result, Tally
+from detinfer.goldens.result import AxisResult, Cause, Divergence, Result, Tally, named
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,11 @@ def inputs(cause: Cause) -> str:
     if cause.inputs_unknown:
         return f"what of operand {', '.join(map(str, cause.inputs_unknown))} is this request's cannot be told"
     return "its inputs agree"
+
+
+def on_ranks(cause: Cause) -> str:
+    """``, on ranks 0, 1 and 2``: those of several on which an operation's results differ; nothing where there is one."""
+    return f", on {named(cause.ranks)}" if cause.ranks else ""
 
 
 def repeats(cause: Cause) -> str:

@@ -157,7 +157,10 @@ def _first(first: Divergence, what: str, console: Console, cause: Cause | None) 
 
 def show_cause(cause: Cause, console: Console) -> None:
     """Print the operation behind a divergence."""
-    console.print(f"  operation [bold]{cause.operation}[/] in {cause.path}, {cause.dtype}", soft_wrap=True)
+    console.print(
+        f"  operation [bold]{cause.operation}[/] in {cause.path}, {cause.dtype}{summary.on_ranks(cause)}",
+        soft_wrap=True,
+    )
     console.print(f"    alone {cause.alone}; here {cause.other}", soft_wrap=True)
     console.print(
         f"    element {list(cause.index)}: {summary.values(cause)}; "

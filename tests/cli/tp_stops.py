@@ -21,6 +21,14 @@ def environment(stop: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{HERE / 'stops'}{os.pathsep}{ROOT}", "STOP": stop}
 
 
+def odd(fault: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """detinfer as a command, with a fault of ``odd_batch.py`` on some ranks; ``more`` goes into its environment."""
+    held = {name: value for name, value in environment("").items() if name != "STOP"}
+    command = [sys.executable, "-m", "detinfer", *words]
+    around = {**held, "ODD": fault, "COLUMNS": "200", **more}
+    return subprocess.run(command, cwd=ROOT, env=around, capture_output=True, text=True, check=False)
+
+
 def stopped(stop: str, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """detinfer as a command; ``stop`` is that of ``stops/sitecustomize.py``, or nothing."""
     command = [sys.executable, *launcher, "-m", "detinfer", *words]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from detinfer import bits
+from detinfer.goldens import merge
 from detinfer.goldens.axes import AXES, SWEPT
 from detinfer.goldens.cause import align, packed
 from detinfer.goldens.cause.layers import Calls, first_layer
@@ -21,6 +22,7 @@ from detinfer.goldens.result import Divergence
 from detinfer.goldens.runner import Request, Target, run
 from detinfer.goldens.schedules import Model, Way
 from detinfer.goldens.sweep import EDGES, Key, Trial
+from detinfer.models.ranks import ALONE, Ranks
 
 
 def find(
@@ -30,33 +32,50 @@ def find(
     trials: Sequence[Trial],
     first: Divergence,
     seed: int,
+    ranks: Ranks = ALONE,
 ) -> Located | None:
     """The operation behind ``first``, a divergence of these trials or of an axis; None where it cannot be told.
 
-    Call it under the policy (or without one) that the divergence was found under; ``units`` hold their arguments.
+    Call it under the policy (or without one) that the divergence was found under; ``units`` hold their arguments. On
+    several ranks all call it together with the same ``first`` (``together``), and each gets the same cause.
     """
     axis = first.axis.partition(":")[0]
     if axis and axis not in SWEPT:
-        return _of_axis(target, requests, axis, first, seed)
+        return _of_axis(target, requests, axis, first, seed, ranks)
     trial = next((trial for trial in trials if trial.number == first.trial), None)
     if trial is None:
         return None
     unit = next((unit for unit in units if unit.name == first.unit), None)
-    return _of_model(target, requests, trial, first) if unit is None else _of_unit(unit, trial, first)
+    if first.kind == "model":
+        return _of_model(target, requests, trial, first, ranks)
+    return _of_unit(unit, trial, first, ranks)
 
 
-def _of_unit(unit: Replay, trial: Trial, first: Divergence) -> Located | None:
+def together(ranks: Ranks, own: Divergence | None, names: Mapping[str, int]) -> Divergence | None:
+    """The divergence that all ranks search the cause of, each of which met its ``own``: the one that a result names."""
+    return merge.first(ranks.share(own), names) if ranks.size > 1 else own
+
+
+def _of_unit(unit: Replay | None, trial: Trial, first: Divergence, ranks: Ranks) -> Located | None:
     keys = [(request, first.step) for request in trial.batch]
     row = first.position or 0
     own = (first.request, first.step)
-    part = next((p for p in unit.companies(keys) if len(p) == first.batch and p[row] == own), None)
-    if part is None:
+    part: list[Key] | None = None
+    if unit is not None:
+        part = next((p for p in unit.companies(keys) if len(p) == first.batch and p[row] == own), None)
+    if ranks.any(part is None) or unit is None or part is None:
         return None
     unit.alone.setdefault(own, unit.run([own]))
-    found = locate(lambda _: _run(unit, [own]), lambda _: _run(unit, part), by_batch(len(part), row), unit.name)
+    found = locate(
+        lambda _: _run(unit, [own]),
+        lambda _: _run(unit, part),
+        by_batch(len(part), row),
+        unit.name,
+        ranks=ranks,
+    )
     if found is None:
         return None
-    batch, members = _smallest(unit, part, own)
+    batch, members = _smallest(unit, part, own, ranks)
     return replace(found, cause=replace(found.cause, batch=batch, requests=members))
 
 
@@ -64,19 +83,21 @@ def _run(unit: Replay, keys: Sequence[Key]) -> None:
     unit.run(keys)
 
 
-def _smallest(unit: Replay, part: Sequence[Key], own: Key) -> tuple[int, list[int]]:
-    """The least number of rows of which one differs from the row alone, and the requests in them."""
+def _smallest(unit: Replay, part: Sequence[Key], own: Key, ranks: Ranks) -> tuple[int, list[int]]:
+    """The least number of rows of which one differs from the row alone on any rank, and the requests in them."""
     for size in range(1, len(part) + 1):
         for keys in ([own] * size, list(part[:size])):
             for key in keys:
                 unit.alone.setdefault(key, unit.run([key]))
             dimensions = unit.outputs_batch[phase(own[1])]
-            if compare(unit.run(keys), unit.expected(keys), dimensions, size).differing:
+            if ranks.any(compare(unit.run(keys), unit.expected(keys), dimensions, size).differing > 0):
                 return size, sorted({request for request, _ in keys})
     return len(part), sorted({request for request, _ in part})
 
 
-def _of_model(target: Target, requests: Sequence[Request], trial: Trial, first: Divergence) -> Located | None:
+def _of_model(
+    target: Target, requests: Sequence[Request], trial: Trial, first: Divergence, ranks: Ranks
+) -> Located | None:
     own, row = requests[first.request], first.position or 0
 
     def watched(batch: Sequence[Request]) -> Run:
@@ -86,14 +107,14 @@ def _of_model(target: Target, requests: Sequence[Request], trial: Trial, first: 
         return go
 
     batch = [requests[index] for index in trial.batch]
-    found = locate(watched([own]), watched(batch), by_batch(len(batch), row))
+    found = locate(watched([own]), watched(batch), by_batch(len(batch), row), ranks=ranks)
     if found is None:
         return None
     alone = run(target, [own])
     for size in [edge for edge in EDGES if edge < len(batch)]:
         for got, wanted in zip(run(target, [own] * size), alone, strict=True):
             whole = {"tensor": wanted["tensor"].expand_as(got["tensor"])} if "tensor" in wanted else None
-            if whole is not None and compare(got, whole).differing:
+            if whole is not None and ranks.any(compare(got, whole).differing > 0):
                 return replace(found, cause=replace(found.cause, batch=size, requests=[first.request]))
     return replace(found, cause=replace(found.cause, batch=len(batch), requests=sorted(set(trial.batch))))
 
@@ -115,25 +136,27 @@ _ONLY = {"compiled": "as compiled", "graph": "under the graph's replay", "stream
 """Where bits differ on an axis whose steps agree when they are run eagerly."""
 
 
-def _of_axis(target: Target, requests: Sequence[Request], name: str, first: Divergence, seed: int) -> Located | None:
+def _of_axis(
+    target: Target, requests: Sequence[Request], name: str, first: Divergence, seed: int, ranks: Ranks
+) -> Located | None:
     axis = next(axis for axis in AXES if axis.name == name)
     if axis.way is None or target.kind != "causal_lm":
         return None
     model, draw = Model(target, requests), f"{seed}/{name}/{first.trial}"
     if name == "paged":
-        return packed.find(model, random.Random(draw), first.request)
-    found = _of_way(model, axis.eager or axis.way, draw, first.request)
+        return packed.find(model, random.Random(draw), first.request, ranks)
+    found = _of_way(model, axis.eager or axis.way, draw, first.request, ranks)
     if axis.eager is None:
         return found
     if found is not None:
-        return replace(found, cause=replace(found.cause, note="run eagerly, the same steps differ too"))
+        return found.noted("run eagerly, the same steps differ too")
     alike = (
         f"run eagerly, the same steps agree: bits differ only {_ONLY[name]}, and this is the first module that shows it"
     )
-    return _of_layers(model, axis.way, draw, first.request, alike)
+    return _of_layers(model, axis.way, draw, first.request, alike, ranks)
 
 
-def _of_way(model: Model, way: Way, draw: str, request: int) -> Located | None:
+def _of_way(model: Model, way: Way, draw: str, request: int, ranks: Ranks) -> Located | None:
     calls: list[tuple[align.Sizes, list[align.Span]]] = []
 
     def other(mode: Watch) -> None:
@@ -151,10 +174,10 @@ def _of_way(model: Model, way: Way, draw: str, request: int) -> Located | None:
     padded = _padded(model, request, [size for many, _ in calls for size in (many.batch, many.tokens, many.keys)])
     one = align.Sizes(1, len(padded), len(padded))
     sizes = list(calls)
-    return locate(lambda _: _prefill(model, padded), other, by_spans(one, sizes), integers=False)
+    return locate(lambda _: _prefill(model, padded), other, by_spans(one, sizes), integers=False, ranks=ranks)
 
 
-def _of_layers(model: Model, way: Way, draw: str, request: int, note: str) -> Located | None:
+def _of_layers(model: Model, way: Way, draw: str, request: int, note: str, ranks: Ranks) -> Located | None:
     sizes = Calls(model.module)
     with sizes.watching():
         for _ in way(model, random.Random(draw)):
@@ -165,7 +188,7 @@ def _of_layers(model: Model, way: Way, draw: str, request: int, note: str) -> Lo
     with Calls(model.module).watching() as calls:
         rows = way(model, random.Random(draw))
         one = align.Sizes(1, len(padded), len(padded))
-        return first_layer(model.module, alone.outputs[0], one, request, rows, calls, note)
+        return first_layer(model.module, alone.outputs[0], one, request, rows, calls, note, ranks)
 
 
 def _padded(model: Model, request: int, taken: Sequence[int]) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from detinfer.goldens.cause.align import Pair
 from detinfer.goldens.cause.locate import Located, element, same
 from detinfer.goldens.result import Cause
 from detinfer.goldens.schedules import Part, Rows
+from detinfer.models.ranks import ALONE, Ranks
 from detinfer.models.targets import tensors
 
 Outputs = dict[tuple[str, int], list[torch.Tensor]]
@@ -69,16 +71,51 @@ def _values(output: Any) -> list[Any]:
 
 @bits.unseen
 def first_layer(
-    module: nn.Module, alone: Outputs, one: align.Sizes, request: int, rows: Iterable[Rows], calls: Calls, note: str
+    module: nn.Module,
+    alone: Outputs,
+    one: align.Sizes,
+    request: int,
+    rows: Iterable[Rows],
+    calls: Calls,
+    note: str,
+    ranks: Ranks = ALONE,
 ) -> Located | None:
-    """The first module whose output for ``request`` differs from ``alone``; ``rows`` is a way run under ``calls``."""
-    for found in rows:
-        sizes, outputs = calls.sizes[found.call], calls.outputs[found.call]
-        for (name, again), held in outputs.items():
-            for expected, got in zip(alone.get((name, again), []), held, strict=False):
-                for pair in _pairs(expected, got, one, sizes, request, found.parts):
-                    if not same(expected, got, pair):
-                        return Located(_cause(module, name, expected, got, pair, note))
+    """The first module whose output for ``request`` differs from ``alone``; ``rows`` is a way run under ``calls``.
+
+    On several ranks the way is run to its end, for all take part in its passes; the first on any rank is found.
+    """
+    met: tuple[tuple[int, int], Cause] | None = None
+    for number, found in enumerate(rows):
+        if met is None:
+            met = _first(module, alone, one, request, number, found, calls, note)
+        if met is not None and ranks.size == 1:
+            break
+    everyone = ranks.share(met)
+    where = min((one[0] for one in everyone if one is not None), default=None)
+    if where is None:
+        return None
+    named = [rank for rank, one in enumerate(everyone) if one is not None and one[0] == where]
+    cause: Cause = everyone[named[0]][1]
+    return Located(replace(cause, ranks=named) if ranks.size > 1 else cause)
+
+
+def _first(
+    module: nn.Module,
+    alone: Outputs,
+    one: align.Sizes,
+    request: int,
+    number: int,
+    found: Rows,
+    calls: Calls,
+    note: str,
+) -> tuple[tuple[int, int], Cause] | None:
+    """The first module of the call behind ``found``, which is the way's ``number``th, and where it stands among all."""
+    sizes, outputs = calls.sizes[found.call], calls.outputs[found.call]
+    for place, ((name, again), held) in enumerate(outputs.items()):
+        for expected, got in zip(alone.get((name, again), []), held, strict=False):
+            for pair in _pairs(expected, got, one, sizes, request, found.parts):
+                if not same(expected, got, pair):
+                    return (number, place), _cause(module, name, expected, got, pair, note)
     return None
 
 

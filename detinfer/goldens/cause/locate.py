@@ -7,6 +7,7 @@ repeat itself, which kernels ran.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +15,22 @@ from typing import Any
 import torch
 
 from detinfer import bits
-from detinfer.goldens.cause import align
+from detinfer.goldens.cause import agreed, align
 from detinfer.goldens.cause.align import Pair
-from detinfer.goldens.cause.operations import Found, Key, Operation, Run, copied, matched, operation, watch
+from detinfer.goldens.cause.operations import (
+    Found,
+    Key,
+    Operation,
+    Run,
+    copied,
+    local,
+    matched,
+    operation,
+    waits,
+    watch,
+)
 from detinfer.goldens.result import Cause
+from detinfer.models.ranks import ALONE, Ranks
 from detinfer.models.targets import tensors
 
 Parts = Callable[[int, torch.Tensor, torch.Tensor], Iterator[Pair]]
@@ -31,7 +44,8 @@ REPEATS = 3
 class Located:
     """The cause, and the operation of both runs with its arguments: enough to show it without the model.
 
-    Of a module whose operations could not be watched there are no ``operations``.
+    There are no ``operations`` of a module in which none could be watched, of one that all ranks make together, and on
+    another rank than the first of those that differ.
     """
 
     cause: Cause
@@ -39,12 +53,18 @@ class Located:
     result: int = 0
     part: Pair = ((), ())
 
+    def noted(self, note: str) -> Located:
+        """With ``note``, before what the cause says already."""
+        return replace(self, cause=replace(self.cause, note="; ".join(filter(None, [note, self.cause.note]))))
+
 
 @bits.unseen
-def locate(alone: Run, other: Run, parts: Parts, prefix: str = "", integers: bool = True) -> Located | None:
+def locate(
+    alone: Run, other: Run, parts: Parts, prefix: str = "", integers: bool = True, ranks: Ranks = ALONE
+) -> Located | None:
     """The first operation of ``other`` that gives the request other bytes than ``alone``; None if none was found.
 
-    ``prefix`` is the name of the unit that is run, for the paths of modules inside it. Without ``integers`` only floating
+    On several ``ranks`` all call it together, and the first on any of them is found. ``prefix`` is the name of the unit that is run, for the paths of modules inside it. Without ``integers`` only floating
     point is compared: positions and masks are others where a request is padded or run in pieces.
     """
     results: dict[int, list[torch.Tensor]] = {}
@@ -55,8 +75,8 @@ def locate(alone: Run, other: Run, parts: Parts, prefix: str = "", integers: boo
         if not _is_view(func) and not unwritten(func, found):
             results[number] = [copied(t) if integers or _floating(t) else t.new_empty(0) for t in found]
 
-    left = watch(alone, keep)
-    right = watch(other)
+    left = watch(alone, keep, ranks)
+    right = watch(other, None, ranks)
     beside = matched(left, right)
     first: list[tuple[int, int, Pair]] = []
 
@@ -73,16 +93,25 @@ def locate(alone: Run, other: Run, parts: Parts, prefix: str = "", integers: boo
                     raise Found
 
     unwritten = _Unwritten()
-    watch(other, compare)
-    if not first:
+    watch(other, compare, ranks)
+    found = agreed.first(ranks, right, beside, first[0][0] if first else None)
+    if found is None:
         return None
-    number, place, pair = first[0]
-    one, many = operation(alone, beside[number]), operation(other, number)
-    cause = _cause(one, many, place, pair, lambda a, b: parts(right[number].call, a, b))
-    extra = [key.name for i, key in enumerate(right[:number]) if i not in beside and key.path == many.key.path]
-    return Located(
-        replace(cause, path=_path(many.key, prefix), only_there=list(dict.fromkeys(extra))), (one, many), place, pair
-    )
+    number = found.number
+    one = operation(alone, None if number is None else beside[number], ranks)
+    many = operation(other, number, ranks)
+    known = None
+    if number is not None and one is not None and many is not None:
+        differs = first[0][1:] if ranks.rank in found.ranks else None
+        known = _known(one, many, differs, functools.partial(parts, right[number].call))
+        if known.cause is not None:
+            extra = [key.name for i, key in enumerate(right[:number]) if i not in beside and key.path == many.key.path]
+            path = _path(many.key, prefix)
+            known = replace(known, cause=replace(known.cause, path=path, only_there=list(dict.fromkeys(extra))))
+    cause = agreed.together(ranks, found, known)
+    if one is None or many is None or found.joint or ranks.rank != found.ranks[0]:
+        return Located(cause)
+    return Located(cause, (one, many), *first[0][1:])
 
 
 def same(alone: torch.Tensor, other: torch.Tensor, pair: Pair) -> bool:
@@ -105,8 +134,10 @@ def element(expected: torch.Tensor, got: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _cause(one: Operation, many: Operation, place: int, pair: Pair, parts: Callable[..., Iterator[Pair]]) -> Cause:
-    expected, got = one.results[place][pair[0]], many.results[place][pair[1]]
+def _known(
+    one: Operation, many: Operation, differs: tuple[int, Pair] | None, parts: Callable[..., Iterator[Pair]]
+) -> agreed.Known:
+    """What this rank knows of an operation; ``differs``: which result of it differs, and where, or None."""
     differ: list[int] = []
     unknown: list[int] = []
     for number, (a, b) in enumerate(zip(_operands(one), _operands(many), strict=False)):
@@ -117,27 +148,33 @@ def _cause(one: Operation, many: Operation, place: int, pair: Pair, parts: Calla
             unknown.append(number)
         elif any(not same(a, b, pair) for pair in shared):
             differ.append(number)
-    return Cause(
+    repeats = all([_again(one), _again(many)])
+    on_gpu = [kernels(one), kernels(many)]
+    if differs is None:
+        return agreed.Known(None, differ, unknown, repeats)
+    place, pair = differs
+    cause = Cause(
         operation=many.key.name,
         path=many.key.path,
         alone=align.shape(_operands(one)),
         other=align.shape(_operands(many)),
         inputs_differing=differ,
         inputs_unknown=unknown,
-        repeats=all(_again(run) for run in (one, many)),
-        kernels_alone=kernels(one),
-        kernels_other=kernels(many),
-        **element(expected, got),
+        repeats=repeats,
+        kernels_alone=on_gpu[0],
+        kernels_other=on_gpu[1],
+        **element(one.results[place][pair[0]], many.results[place][pair[1]]),
     )
+    return agreed.Known(cause, differ, unknown, repeats)
 
 
 def _again(run: Operation) -> bool:
-    """Whether an operation gives its bytes again when it is run again."""
+    """Whether an operation gives its bytes again when it is run again: as often on every rank, whatever it gives."""
+    repeats = True
     for _ in range(REPEATS):
         for got, before in zip(run(), run.results, strict=True):
-            if got.shape != before.shape or bits.count_mismatches(got, before):
-                return False
-    return True
+            repeats &= got.shape == before.shape and not bits.count_mismatches(got, before)
+    return repeats
 
 
 def kernels(run: Operation) -> list[str]:
@@ -155,7 +192,7 @@ def kernels(run: Operation) -> list[str]:
 
 
 def _operands(run: Operation) -> list[torch.Tensor]:
-    return tensors([*run.args, *run.kwargs.values()])
+    return [local(t) for t in tensors([*run.args, *run.kwargs.values()])]
 
 
 def _floating(t: torch.Tensor) -> bool:
@@ -165,7 +202,9 @@ def _floating(t: torch.Tensor) -> bool:
 def _is_view(func: Any) -> bool:
     """Whether an operation only looks at its operand in another way: nothing can differ that did not before."""
     returned = func._schema.returns
-    return bool(returned) and all(r.alias_info is not None and not r.alias_info.is_write for r in returned)
+    return waits(func) or (
+        bool(returned) and all(r.alias_info is not None and not r.alias_info.is_write for r in returned)
+    )
 
 
 class _Unwritten:

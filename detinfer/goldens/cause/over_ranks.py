@@ -58,7 +58,8 @@ def find(
     operation, note = _operation(module, unit, key, outputs, ranks, many, sound=not differing)
     cause = _cause(unit.name, outputs, operation, note)
     everyone = ranks.share(cause and replace(cause, inputs_differing=differing, inputs_unknown=unknown))
-    return next((one for one in everyone if one is not None), None)
+    named = [rank for rank, one in enumerate(everyone) if one is not None]
+    return replace(everyone[named[0]], ranks=named if ranks.size > 1 else []) if named else None
 
 
 def _recorded(golden: Golden, name: str, key: Key) -> dict[str, Recorded]:

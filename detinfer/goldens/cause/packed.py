@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from detinfer.goldens.cause.locate import Located, Parts, by_spans, locate
 from detinfer.goldens.cause.operations import Watch
 from detinfer.goldens.paged import Seen
 from detinfer.goldens.schedules import Model
+from detinfer.models.ranks import ALONE, Ranks
 
 
-def find(model: Model, rng: random.Random, request: int) -> Located | None:
+def find(model: Model, rng: random.Random, request: int, ranks: Ranks = ALONE) -> Located | None:
     """The first operation of the paged run of ``rng`` that gives ``request`` other bytes than alone; None if none does."""
     batch, words, calls = paged.packed(model, rng, keep=True)
     if request not in batch:
@@ -44,8 +44,8 @@ def find(model: Model, rng: random.Random, request: int) -> Located | None:
                 mode.call = number
                 model.module(**paged.copied(seen.given))
 
-    found = locate(lambda _: _prefill(model, padded), again, _either(packed, chosen), integers=False)
-    return None if found is None else replace(found, cause=replace(found.cause, note=words))
+    found = locate(lambda _: _prefill(model, padded), again, _either(packed, chosen), integers=False, ranks=ranks)
+    return None if found is None else found.noted(words)
 
 
 def _spans(seen: Seen, tokens: list[list[int]], batch: list[int], request: int) -> tuple[list[Any], list[Any]]:

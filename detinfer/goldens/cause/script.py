@@ -49,12 +49,16 @@ sys.exit(int(differs.any()))
 def write(found: Located, folder: Path, scope: str | None) -> Path:
     """Write the script and its operands into ``folder``; ``scope`` is the policy's, None for none. Returns the script.
 
-    Raises UsageError where the folder holds other files, and where a module was found and no operation.
+    Raises UsageError where the folder holds other files, and where there is no operation that a script could run: a module
+    was found, or what all ranks make together.
     """
     if found.operations is None:
-        raise UsageError(
-            f"--script {folder}: {found.cause.path} was found, and no operation in it that a script could run"
-        )
+        what = found.cause.path
+        if "::" in found.cause.operation:
+            raise UsageError(
+                f"--script {folder}: all ranks make {found.cause.operation} of {what} together: no script shows it alone"
+            )
+        raise UsageError(f"--script {folder}: {what} was found, and no operation in it that a script could run")
     one, many = found.operations
     if folder.exists() and any(file.name not in (SCRIPT, TENSORS) for file in folder.iterdir()):
         raise UsageError(f"{folder}: holds other files; give a folder of its own for the script")
