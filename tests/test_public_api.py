@@ -79,7 +79,7 @@ OPTIONS = {
     "golden push": {"--force"},
     "golden reject": set(),
     "golden show": set(),
-    "locate": {"--control", "--device", "--golden", "--script", "--target"},
+    "locate": {"--control", "--device", "--golden", "--rank-timeout", "--script", "--target", "--tp"},
     "verify-server": {
         "--api",
         "--api-key-env",
