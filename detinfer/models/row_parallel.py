@@ -110,21 +110,27 @@ def keep(spec: str, module: Any, ranks: Ranks, asked: int | None = None) -> None
 
     ``asked`` is the policy's number of groups. RefusedError for a model whose plan has other sums over ranks.
     """
+    from detinfer.models import row_parallel_experts as experts
+
     plan = styles(module) if is_transformers(module) else {}
-    others = sorted({style for style in plan.values() if style in SUMMED and style not in (_ROWS, _EMBEDDING)})
+    known = (_ROWS, _EMBEDDING, experts.STYLE)
+    others = sorted({style for style in plan.values() if style in SUMMED and style not in known})
     if not plan or others:
         why = f"its plan has {', '.join(others)}" if plan else "transformers has no tensor-parallel plan for it"
         raise RefusedError(
-            f"target {spec}: scope tp is kept for transformers' dense language models ({why}): use scope batch"
+            f"target {spec}: scope tp is kept for transformers' language models ({why}): use scope batch"
         )
+    experts.refuse(spec, [name for name, style in plan.items() if style == experts.STYLE], module)
     parts = dict(module.named_modules())
     ranks.add_by(None)
     for name, style in plan.items():
         part = parts[name]
-        forward: Callable[[Tensor], Tensor] | None = None
+        forward: Callable[..., Tensor] | None = None
         if style == _ROWS and isinstance(part, nn.Linear):
             forward = RowSum(name, part, ranks, asked)
         elif style == _EMBEDDING and ranks.size > 1:
             forward = RowLookup(name, part, ranks)
+        elif style == experts.STYLE:
+            forward = experts.ExpertSum(name, part, ranks, asked)
         if forward is not None:
             part.forward = forward

@@ -16,7 +16,8 @@ def main() -> int:
     def planted(spec: str, module: Any, ranks: Any, asked: int | None = None) -> None:
         keep(spec, module, ranks, asked)
         if ranks.rank == 2:
-            module.get_submodule(fault).forward._weights[0][0, 0] += 1
+            forward = module.get_submodule(fault).forward
+            (forward._weights[0] if hasattr(forward, "_weights") else forward._down.T)[0, 0] += 1
 
     row_parallel.keep = planted
     return cli.run(sys.argv[1:])

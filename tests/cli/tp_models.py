@@ -24,6 +24,12 @@ def write(folder: Path, dtype: torch.dtype = torch.bfloat16) -> str:
     return f"hf:{folder}"
 
 
+def write_experts(folder: Path) -> str:
+    """A Qwen3-MoE in bfloat16 of as many heads, with experts of 42 inner columns; its target."""
+    zoo.build("qwen3_moe", torch.bfloat16, **HEADS, moe_intermediate_size=42).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
 def record(target: str, golden: Path, *options: str) -> Path:
     """A golden of two short prompts."""
     assert cli.run(["record", target, "-o", str(golden), *SMALL, *options]) == 0

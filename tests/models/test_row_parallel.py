@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,60 +13,12 @@ from torch import Tensor, nn
 from detinfer import bits
 from detinfer.errors import RefusedError, TargetError
 from detinfer.models import row_parallel
-from detinfer.models.ranks import ALONE, Ranks
+from detinfer.models.ranks import ALONE
 from detinfer.models.row_parallel import RowLookup, RowSum, check, groups, keep, tree
 from detinfer.policy import Guarantee, Policy, deterministic
 
 sys.path.append(str(Path(__file__).parent))
-
-
-class Together(Ranks):
-    """Ranks of one process: each hands in its part, the last to come joins them with the tree, written out."""
-
-    def __init__(self, rank: int, size: int, parts: list[Tensor]) -> None:
-        super().__init__()
-        self.rank, self.size, self._parts = rank, size, parts
-
-    def all_reduce(self, x: Tensor, name: str, order: Any = "rank_order") -> Tensor:
-        assert order == "rank_tree"
-        self._parts.append(x)
-        return x
-
-    def share(self, value: Any, first: bool = False) -> list[Any]:
-        return [value] * self.size
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    """rank_tree, written out: neighbours, then the odd last one."""
-    values = [part.numpy() for part in parts]
-    while len(values) > 1:
-        values = [
-            np.add(values[i], values[i + 1]) if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)
-        ]
-    return torch.from_numpy(values[0])
-
-
-def cancelling(terms: int, outputs: int, count: int) -> tuple[Tensor, Tensor]:
-    """x [3, terms] and weights [outputs, terms]: small terms, with a large one in the first group and its negative in
-    the last, so that what is left depends on where they meet."""
-    rng = np.random.default_rng(terms)
-    x = torch.from_numpy(rng.integers(64, 128, (3, terms)) / 128).float()
-    weight = torch.from_numpy(rng.integers(-127, 128, (outputs, terms)) / 1024).float()
-    group = terms // count
-    x[:, group - 1] = x[:, terms - 1] = 1.0
-    weight[:, group - 1], weight[:, terms - 1] = 4096.0, -4096.0
-    return x, weight
-
-
-def reference(x: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Each group one chain of fused steps, k ascending; then the tree. fp32 [rows, outputs]."""
-    parts, size = [], x.shape[1] // count
-    for start in range(0, x.shape[1], size):
-        chain = np.zeros((x.shape[0], weight.shape[0]))
-        for k in range(start, start + size):  # product and sum are exact in fp64 here
-            chain = (chain + x[:, k, None].double().numpy() * weight[:, k].double().numpy()).astype(np.float32)
-        parts.append(torch.from_numpy(chain.astype(np.float32)))
-    return joined(parts)
+from tp_groups import Together, cancelling, joined, reference
 
 
 def cut(module: nn.Linear, rank: int, size: int) -> nn.Linear:
@@ -151,7 +101,7 @@ def test_a_missing_row_is_minus_zero() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 def test_which_models_keep_it() -> None:
-    """A dense plan is kept, on every row-parallel layer; mixtures of experts and models without a plan are refused."""
+    """A dense plan is kept, on every row-parallel layer; other sums and models without a plan are refused."""
     import zoo
 
     llama = zoo.build("llama", torch.float32)
@@ -167,6 +117,6 @@ def test_which_models_keep_it() -> None:
         name for name, part in llama.named_modules() if isinstance(part.__dict__.get("forward"), row_parallel.RowSum)
     ]
     assert [name.rsplit(".", 1)[1] for name in kept] == ["o_proj", "down_proj"] * 2
-    for name, why in (("qwen3_moe", "moe_tp_experts"), ("gpt2", "no tensor-parallel plan")):
+    for name, why in (("olmoe", "rowwise_split_input"), ("gpt2", "no tensor-parallel plan")):
         with pytest.raises(RefusedError, match=why):
             keep(name, zoo.build(name, torch.float32), ALONE)
