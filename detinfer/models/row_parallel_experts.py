@@ -33,20 +33,16 @@ class ExpertSum:
 
     def __init__(self, name: str, module: Any, ranks: Ranks, asked: int | None) -> None:
         self._up, self._down = local(module.gate_up_proj), local(module.down_proj)
-        count = groups(self._down.shape[2] * ranks.size, asked)
+        width, inner = self._down.shape[2], module.down_proj.shape[2]
+        if inner != width * ranks.size or self._up.shape[1] != 2 * width:
+            raise TargetError(f"scope tp: the {inner} inner columns of {name} are not shared out evenly")
+        count = groups(inner, asked)
         check(count, ranks.size)
-        if (
-            self._up.shape[1] != 2 * self._down.shape[2]
-            or module.down_proj.shape[2] != self._down.shape[2] * ranks.size
-        ):
-            raise TargetError(
-                f"scope tp: the {module.down_proj.shape[2]} inner columns of {name} are not shared out evenly"
-            )
         self._count, self._gate = count // ranks.size, layer_of(module).gate
         self._name, self._ranks = name, ranks
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        return self.rounded(self._ranks.all_reduce(self.own(x, chosen, weights), self._name, "rank_tree"), x.dtype)
+        return self._ranks.all_reduce(self.own(x, chosen, weights), self._name, "rank_tree").to(x.dtype)
 
     def own(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """This rank's groups, each with its token's experts joined, then joined themselves: float32 [tokens, hidden]."""
@@ -60,10 +56,6 @@ class ExpertSum:
             for group, (part, weight) in enumerate(columns):
                 found[group, token, place] = F.linear(part.float(), weight.float().contiguous())
         return tree([moe.combine(weights, one, torch.float32) for one in found])
-
-    def rounded(self, total: Tensor, dtype: torch.dtype) -> Tensor:
-        """The result of all ranks' sum, rounded once."""
-        return total.to(dtype)
 
 
 def refuse(spec: str, names: list[str], module: nn.Module) -> None:
