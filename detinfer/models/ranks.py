@@ -11,16 +11,22 @@ from typing import Any
 import torch
 
 from detinfer import bits
+from detinfer.collectives import cuda
 from detinfer.collectives.calls import Order
 from detinfer.collectives.communicator import Communicator
+from detinfer.collectives.devices import Communicators
 from detinfer.errors import Diverged, RefusedError, UsageError
 from detinfer.models.exchange import exchange
-from detinfer.models.ranks_proof import FUSED, SUBJECT, prove, prove_fused
+from detinfer.models.ranks_proof import CPU, FUSED, SUBJECT, prove, prove_fused
+from detinfer.policy.collectives import PEER_MEMORY
 from detinfer.policy.decide import MOVES
 from detinfer.policy.policy import Accepted, Proof
 from detinfer.policy.refusals import message
 
 GATHER = "detinfer::all_gather"
+_PATH = {"cpu": "csrc/collectives", "cuda": PEER_MEMORY}
+"""Who adds and gathers tensors of a kind of device."""
+
 _SUFFIX: dict[Order, str] = {"rank_order": "", "rank_tree": ".rank_tree"}
 
 Watcher = Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]
@@ -63,6 +69,9 @@ class Ranks:
 
     def add_by(self, sum_of: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
         """The model's own sum over ranks, which ``sum_of`` takes from now on; None: that of these ranks, by a tree."""
+
+    def between_gpus(self, where: torch.device) -> None:
+        """Join the ranks between their GPUs too, this one's on ``where``, by torch.distributed's default group."""
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's ``x``, one after the other along the last dimension."""
@@ -139,15 +148,27 @@ ALONE = Ranks()
 
 
 class Spread(Ranks):
-    """One rank of several, joined by a communicator. Every dtype is proved before its first sum."""
+    """One rank of several, joined by a communicator. Every dtype is proved before its first sum.
+
+    Tensors on GPUs go between those, once ``between_gpus`` has joined them; everything else through the hosts' memory.
+    """
 
     def __init__(self, communicator: Communicator, timeout: float = Ranks.timeout) -> None:
         super().__init__()
         self.rank, self.size, self.timeout = communicator.rank, communicator.size, timeout
-        self._communicator = communicator
-        self._decisions: dict[tuple[str, torch.dtype], Accepted] = {}
+        self._communicator: Communicator | Communicators = communicator
+        self._host, self._where = communicator, CPU
+        self._decisions: dict[tuple[str, torch.dtype, str], Accepted] = {}
         self._pending: list[tuple[str, str]] = []
-        self._sum: Callable[[torch.Tensor], torch.Tensor] = communicator.all_reduce
+        self._sum: Callable[[torch.Tensor], torch.Tensor] = self._added
+
+    def between_gpus(self, where: torch.device) -> None:
+        self._communicator = Communicators(self._host, cuda.connect(device=where, timeout=self.timeout))
+        self._where, self._sum = where, self._added
+
+    def _added(self, x: torch.Tensor, order: Order = "rank_order") -> torch.Tensor:
+        """The sum over ranks where the model's are made."""
+        return self._communicator.all_reduce(x.to(self._where), order=order).to(x.device)
 
     def _watched(self, operation: str, call: Callable[..., Any], *args: Any) -> Any:
         return call(*args) if self.watcher is None else self.watcher(operation, call, args)
@@ -159,11 +180,10 @@ class Spread(Ranks):
 
     @bits.unseen
     def _all_reduce(self, x: torch.Tensor, name: str, order: Order) -> torch.Tensor:
-        if (SUBJECT + _SUFFIX[order], x.dtype) not in self._decisions:
-            self._prove(x.dtype, order)
+        if (SUBJECT + _SUFFIX[order], x.dtype, x.device.type) not in self._decisions:
+            self._prove(x, order)
         total = self._communicator.all_reduce(x, order=order)
-        self.reduced[x.dtype, x.shape[-1]] = None
-        self._pending.append((name, bits.digest(total)))
+        self.note(total, name, summed=True)
         return total
 
     @bits.unseen
@@ -175,7 +195,7 @@ class Spread(Ranks):
         self._pending.append((name, bits.digest(x)))
 
     def add_by(self, sum_of: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
-        self._sum = sum_of or functools.partial(self._communicator.all_reduce, order="rank_tree")
+        self._sum = sum_of or functools.partial(self._added, order="rank_tree")
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         whole: torch.Tensor = self._watched(GATHER, self._gather, x, -1)
@@ -187,14 +207,15 @@ class Spread(Ranks):
 
     @bits.unseen
     def _gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        self._decisions.setdefault((GATHER, x.dtype), Accepted(GATHER, "csrc/collectives", MOVES, portable=True))
+        by = Accepted(GATHER, _PATH[x.device.type], MOVES, portable=True)
+        self._decisions.setdefault((GATHER, x.dtype, x.device.type), by)
         return self._communicator.all_gather(x, dim=dim)
 
     @bits.unseen
     def reduce_scatter_rows(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """By the kernel of all_reduce, whose proof stands for it: a slice of the same sum."""
-        if (SUBJECT, x.dtype) not in self._decisions:
-            self._prove(x.dtype)
+        if (SUBJECT, x.dtype, x.device.type) not in self._decisions:
+            self._prove(x)
         self.reduced[x.dtype, x.shape[-1]] = None
         return self._communicator.reduce_scatter(x)
 
@@ -214,17 +235,18 @@ class Spread(Ranks):
     def _all_reduce_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if (FUSED, x.dtype) not in self._decisions:
-            self._prove_fused(x.dtype)
+        if (FUSED, x.dtype, x.device.type) not in self._decisions:
+            self._prove_fused(x)
         self.reduced[x.dtype, x.shape[-1]] = None
         return self._communicator.all_reduce_rms_norm(x, residual, weight, eps, weight_mode="fp32")
 
     def sum_of(self, x: torch.Tensor) -> torch.Tensor:
         return self._sum(x)
 
-    def _prove(self, dtype: torch.dtype, order: Order = "rank_order") -> None:
+    def _prove(self, x: torch.Tensor, order: Order = "rank_order") -> None:
+        dtype = x.dtype
         try:
-            cases, results = prove(self._communicator, dtype, order)
+            cases, results = prove(self._communicator, dtype, order, x.device)
         except Diverged as error:
             raise RefusedError(message(SUBJECT, f"its proof failed on this machine: {error}")) from error
         proof = Proof(
@@ -234,27 +256,28 @@ class Spread(Ranks):
             hashlib.sha256(results).hexdigest(),
         )
         why, op = f"canonical order over {self.size} ranks: {order}", SUBJECT + _SUFFIX[order]
-        self._decisions[op, dtype] = Accepted(op, "csrc/collectives", why, proof, portable=True)
+        self._decisions[op, dtype, x.device.type] = Accepted(op, _PATH[x.device.type], why, proof, portable=True)
 
-    def _prove_fused(self, dtype: torch.dtype) -> None:
+    def _prove_fused(self, x: torch.Tensor) -> None:
+        dtype = x.dtype
         try:
-            cases, results = prove_fused(self._communicator, dtype)
+            cases, results = prove_fused(self._communicator, dtype, x.device)
         except Diverged as error:
             raise RefusedError(message(FUSED, f"its proof failed on this machine: {error}")) from error
         against = "detinfer.reference.all_reduce_rms_norm"
         proof = Proof(f"{FUSED} {bits.dtype_name(dtype)}", against, cases, hashlib.sha256(results).hexdigest())
         why = f"all_reduce over {self.size} ranks in rank order, then add + RMSNorm"
-        self._decisions[FUSED, dtype] = Accepted(FUSED, "csrc/collectives", why, proof, portable=True)
+        self._decisions[FUSED, dtype, x.device.type] = Accepted(FUSED, _PATH[x.device.type], why, proof, portable=True)
 
     def decisions(self) -> list[dict[str, Any]]:
         return [
             {"op": op, "dtypes": [bits.dtype_name(dtype)]} | decision.to_json()
-            for (op, dtype), decision in self._decisions.items()
+            for (op, dtype, _), decision in self._decisions.items()
         ]
 
     @bits.unseen
     def share(self, value: Any, first: bool = False) -> list[Any]:
-        return exchange(self._communicator, value, first)
+        return exchange(self._host, value, first)
 
     @bits.unseen
     def settle(self) -> None:
@@ -264,7 +287,7 @@ class Spread(Ranks):
         self.held.tensors += len(pending)
         # One digest of all is enough where the ranks agree.
         mine = hashlib.sha256(repr(pending).encode()).digest()
-        everyone = self._communicator.all_gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8)[None])
+        everyone = self._host.all_gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8)[None])
         if len({bytes(row.tolist()) for row in everyone}) == 1:
             return
         lists = self.share(pending)

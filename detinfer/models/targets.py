@@ -23,7 +23,7 @@ from torch import nn
 
 from detinfer import bits, native
 from detinfer.collectives.communicator import MOST_RANKS
-from detinfer.errors import RefusedError, TargetError, UnsupportedDtype
+from detinfer.errors import TargetError, UnsupportedDtype
 from detinfer.models.ranks import ALONE, Pretended, Ranks, joined
 from detinfer.policy.policy import Policy, Reductions
 
@@ -102,12 +102,12 @@ def load(
     if reductions != "merged" and not spec.startswith("builtin:"):
         raise TargetError(f"target {spec}: its reductions are its own; {reductions} ones are those of builtin:moe")
     where = of_rank(spec, checked(device), ranks)
-    if policy is not None and policy.guarantee.scope == "tp" and ranks.size > 1 and where.type != "cpu":
-        raise RefusedError(f"target {spec} on {where}: scope tp over several ranks is kept on CPU in this version")
     target = _load(spec, dtype, seed, ranks, reductions, where).to(where)
     if policy is not None and policy.guarantee.scope == "tp":
         from detinfer.models import row_parallel
 
+        if where.type == "cuda":
+            ranks.between_gpus(where)
         row_parallel.keep(spec, target.module, ranks, policy.groups)
     return target
 
@@ -117,11 +117,7 @@ def of_rank(spec: str, where: torch.device, ranks: Ranks) -> torch.device:
     if ranks.size == 1:
         return where
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if spec.startswith("builtin:"):
-        if where.type != "cpu":
-            raise TargetError(
-                f"target {spec} on {where}: in this version a built-in model over several ranks runs on CPU"
-            )
+    if where.type == "cpu" and spec.startswith("builtin:"):
         return where
     if where.type == "cpu":
         if gpus:
@@ -143,6 +139,11 @@ def _load(
     if spec.startswith("builtin:"):
         from detinfer.models import builtin
 
+        if ranks.size > 1 and where.type == "cuda":
+            from detinfer.models import tensor_parallel
+
+            tensor_parallel.join(ranks, where)
+            ranks.between_gpus(where)
         communication = builtin.Communication(reductions)
         module = builtin.build(spec.removeprefix("builtin:"), dtype or torch.float32, seed, ranks, communication)
         return finish(spec, Loaded("causal_lm", module), ranks)

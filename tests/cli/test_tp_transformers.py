@@ -107,11 +107,11 @@ def test_where_shares_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert of_rank("smollm2", gpu, second) == torch.device("cuda", 1)
-    assert of_rank("builtin:moe", cpu, second) == cpu
+    assert of_rank("builtin:moe", cpu, second) == cpu and of_rank("builtin:moe", gpu, second) == torch.device("cuda", 1)
     for spec, where, ranks, says in (
         ("smollm2", cpu, second, "give --device cuda, or hide them"),
         ("smollm2", gpu, Pretended(1, 3), "3 ranks need as many GPUs, and torch sees 2"),
-        ("builtin:moe", gpu, second, "runs on CPU"),
+        ("builtin:moe", gpu, Pretended(1, 3), "3 ranks need as many GPUs, and torch sees 2"),
     ):
         with pytest.raises(TargetError, match=says):
             of_rank(spec, where, ranks)
@@ -154,3 +154,33 @@ def test_a_rank_whose_gpu_gives_up(tmp_path: Path) -> None:
     ours = "error: rank 1: the GPU gave up in the middle of a kernel" in done.stderr
     torchs = "Signal 6 (SIGABRT)" in done.stderr and "device-side assert" in done.stderr
     assert "Assertion `srcIndex < srcSelectDimSize` failed" in done.stderr and (ours or torchs), done.stderr[-4000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("model", ["builtin:dense", "builtin:moe"])
+def test_a_built_in_model_over_two_gpus(model: str, tmp_path: Path) -> None:
+    """Its own sums go between the GPUs, proved there; nothing differs, between the ranks either."""
+    import tp_models
+
+    device = ("--device", "cuda")
+    golden = tp_models.record(model, tmp_path / "golden", "--tp", "2", *device)
+    code, result = tp_models.verified(golden, tmp_path / "result.json", "--tp", "2", *device)
+    assert code == 0
+    assert result["invariance"]["verdict"] == result["golden"]["verdict"] == result["consistency"]["verdict"] == "same"
+    assert result["consistency"]["tensors"] > 0
+    sums = [one for one in result["decisions"] if one["op"] == "detinfer::all_reduce"]
+    assert sums and {one["path"] for one in sums} == {"cuda/all_reduce"} and all(one["proof"] for one in sums)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_scope_tp_on_gpus(tmp_path: Path) -> None:
+    """Recorded on one GPU and verified on two, not a byte differs: the tree over ranks continues the one inside."""
+    import tp_models
+
+    device = ("--device", "cuda")
+    golden = tp_models.record("random:qwen3-small", tmp_path / "golden", "--policy", "tp", *device)
+    code, result = tp_models.verified(golden, tmp_path / "result.json", "--tp", "2", *device)
+    assert code == 0 and result["golden"]["verdict"] == "same" and result["golden"]["rows_compared"] > 1000
+    assert tp_axis(result)["rows_differing"] == 0 and result["consistency"]["verdict"] == "same"
