@@ -3,7 +3,8 @@
     python scripts/gpu.py                    # build, tests marked gpu, 2,000 iterations of 13 shapes, benchmark: 2 GPUs
     python scripts/gpu.py --ranks 8          # the same between 8, with a table of paths that is made first
     python scripts/gpu.py --models           # one GPU: tests of operations and policies, a whole model's bytes and times
-    python scripts/gpu.py --verify           # record, verify and time 8B-sized models; over two GPUs too where there are two
+    python scripts/gpu.py --verify           # record, verify and time models of a real one's size; over --ranks GPUs too where there
+                                             # are as many (2), and the policy's cost on them
     python scripts/gpu.py --racecheck        # compute-sanitizer's look at shared memory, small shapes between two GPUs
     python scripts/gpu.py --mutants          # builds with one planted fault each, and what the stress says of them
 
@@ -33,8 +34,8 @@ MUTANTS = (1, 2, 4, 5, 6, 7, 8)
 TESTS = ("all_reduce", "vectors", "processes", "protocol", "mismatch")
 MODELS = ("tests", "--ignore=tests/collectives")
 """Every test marked gpu, less those of the collectives, whose kernels have a run of their own."""
-WHOLE = (("qwen3-8b", ()), ("qwen3-moe", ()), ("qwen3-8b", ("--tp", "2")))
-"""Models of a real one's size, and how they are cut."""
+WHOLE = {"qwen3-8b": 8, "qwen3-moe": 4}
+"""Models of a real one's size, and their KV heads: ranks share them out evenly."""
 ENDED: list[tuple[float, str, str]] = []
 """Seconds, how it ended, and the command of every step."""
 
@@ -104,16 +105,17 @@ def models(folder: Path, limit: float | None, **given: str) -> int:
     return failed | run([*bench, "--json", str(folder / "model.json")], limit, **given)
 
 
-def verify(folder: Path, limit: float | None, **given: str) -> int:
-    """Record, verify with the control and time models of a real one's size, on one GPU and over two. One at a time: kernels
+def verify(folder: Path, count: int, limit: float | None, **given: str) -> int:
+    """Record, verify with the control and time models of a real one's size, on one GPU and over ``count``. One at a time: kernels
     that wait for another GPU and share their own with other programs wait for those as well."""
     import torch
 
-    failed = 0
-    for name, ranks in WHOLE:
-        if len(ranks) > 0 and torch.cuda.device_count() < 2:
-            print(f"skipped  {name} {' '.join(ranks)}: one GPU here", flush=True)
-            continue
+    failed, over = 0, ("--tp", str(count))
+    enough = torch.cuda.device_count() >= count > 1
+    if not enough:
+        print(f"skipped  {' '.join(over)}: {torch.cuda.device_count()} GPUs here", flush=True)
+    shared = [(name, over) for name, heads in WHOLE.items() if enough and heads % count == 0]
+    for name, ranks in [*((name, ()) for name in WHOLE), *shared]:
         golden = folder / f"{name}{''.join(ranks)}"
         command = [sys.executable, "-m", "detinfer"]
         options = ["--device", "cuda", "--tensors", "none", "--force", *ranks, "-o", str(golden)]
@@ -124,6 +126,10 @@ def verify(folder: Path, limit: float | None, **given: str) -> int:
         failed |= run([*command, "verify", str(golden), *control, *ranks, "--json", f"{golden}.json"], limit, **given)
         if not ranks:
             failed |= run([sys.executable, "-m", "detinfer.bench.verify", str(golden)], limit, **given)
+    if enough:
+        found = str(folder / f"model-{count}.json")
+        timed = [sys.executable, "-m", "detinfer", "bench", "model", "--device", "cuda", *over, "--json", found]
+        failed |= run(timed, limit, **given)
     return failed
 
 
@@ -166,7 +172,7 @@ def main() -> int:
         if chosen.models:
             failed |= models(folder, chosen.limit, **given)
         if chosen.verify:
-            failed |= verify(folder, chosen.limit, **given)
+            failed |= verify(folder, chosen.ranks, chosen.limit, **given)
         if chosen.racecheck:
             failed |= racecheck(chosen.ranks, chosen.limit, **given)
         elif not whole:
