@@ -38,7 +38,7 @@ OPTIONS = {
     "bench linear": {"--dtype", "--repeats", "--rows", "--threads"},
     "bench moe": {"--ranks", "--repeats", "--rows"},
     "bench rows": {"--dtype", "--json", "--repeats"},
-    "bench model": {"--device", "--dtype", "--json", "--repeats", "--threads"},
+    "bench model": {"--device", "--dtype", "--json", "--repeats", "--threads", "--tp"},
     "env": {"--engine", "--json"},
     "eval diff": set(),
     "eval run": {"--allow", "--policy", "--repeat", "--report", "--sample", "--seed", "--uncovered", "--unobserved"},

@@ -62,13 +62,18 @@ def refuse(spec: str, names: list[str], module: nn.Module) -> None:
     """RefusedError where one of these experts modules has sums that the contract does not order for every size."""
     parts = dict(module.named_modules())
     for name in names:
-        part = parts[name]
+        part: Any = parts[name]
         layout = [getattr(part, what, None) for what in ("has_gate", "is_concatenated", "has_bias", "is_transposed")]
         why = ""
         if hasattr(parts[name.rpartition(".")[0]], "shared_experts"):
             why = "a shared expert joins the others before the sum over ranks, and its groups need not be as many"
         elif layout != [True, True, False, False]:
             why = f"{type(part).__name__} has biases, no gate, or weights that lie otherwise"
+        where = part.down_proj.device
+        if not why and where.type != "cpu":
+            raise RefusedError(
+                f"target {spec} on {where}: scope tp of a mixture of experts runs on CPU in this version; use scope batch"
+            )
         if why:
             raise RefusedError(f"target {spec}: scope tp has no order for {name}: {why}; use scope batch")
         layer_of(part)

@@ -169,6 +169,8 @@ def test_which_models_keep_it() -> None:
     for name, why in (("deepseek_v3", "a shared expert joins the others"), ("olmoe", "rowwise_split_input")):
         with pytest.raises(RefusedError, match=why):
             keep(name, zoo.build(name, torch.float32), ALONE)
+    with pytest.raises(RefusedError, match="on meta: scope tp of a mixture of experts runs on CPU"):
+        keep("qwen3_moe", zoo.build("qwen3_moe", torch.float32).to("meta"), ALONE)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
