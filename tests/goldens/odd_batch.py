@@ -26,6 +26,11 @@ def together(x: torch.Tensor) -> bool:
     return x.dim() > 2 and x.shape[0] > 1
 
 
+def many(x: torch.Tensor) -> bool:
+    """Whether an expert has more rows than one prompt has."""
+    return x.dim() == 2 and x.shape[0] > LENGTH
+
+
 def piece(x: torch.Tensor) -> bool:
     """Whether it holds a piece of a prompt."""
     return 1 < x.shape[-2] < LENGTH
@@ -43,13 +48,13 @@ def planted(module: Any, what: str, path: str, here: bool) -> Iterator[None]:
     """A fault in this process; it shows ``here`` or not, for the sums of all ranks are looked at together.
 
     ``product``: the linear layer ``path`` adds in halves of K; ``piece``: so it does for a piece of a prompt, in a batch of
-    any size, and ``compiled``: in what torch.compile made; ``attention`` scales by another factor; ``sum``: a sum over ranks of a built-in model begins at rank 1, and
+    any size, and ``compiled``: in what torch.compile made, and ``expert``: of many rows; ``attention`` scales by another factor; ``sum``: a sum over ranks of a built-in model begins at rank 1, and
     ``group``: so does one of torch.distributed.
     """
     linear, attention, spread, group = F.linear, F.scaled_dot_product_attention, Spread._all_reduce, Group.all_reduce
     within: list[str] = []
     running: list[bool] = []
-    shows = {"piece": piece, "compiled": lambda _: bool(running)}.get(what, together)
+    shows = {"piece": piece, "expert": many, "compiled": lambda _: bool(running)}.get(what, together)
 
     def halved(x: torch.Tensor, weight: torch.Tensor, *bias: Any) -> torch.Tensor:
         if not (within and here and shows(x)):
@@ -87,6 +92,7 @@ def planted(module: Any, what: str, path: str, here: bool) -> Iterator[None]:
     faults = {
         "product": (F, "linear", halved),
         "piece": (F, "linear", halved),
+        "expert": (F, "linear", halved),
         "compiled": (F, "linear", halved),
         "attention": (F, "scaled_dot_product_attention", scaled),
         "sum": (Spread, "_all_reduce", sums),
@@ -99,5 +105,5 @@ def planted(module: Any, what: str, path: str, here: bool) -> Iterator[None]:
         if path:
             layer = module.get_submodule(path)
             stack.callback(layer.register_forward_pre_hook(lambda *_: within.append(path), prepend=True).remove)
-            stack.callback(layer.register_forward_hook(lambda *_: within.clear()).remove)
+            stack.callback(layer.register_forward_hook(lambda *_: within.clear(), always_call=True).remove)
         yield

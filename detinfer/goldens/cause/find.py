@@ -158,10 +158,11 @@ def _of_axis(
 
 def _of_way(model: Model, way: Way, draw: str, request: int, ranks: Ranks) -> Located | None:
     calls: list[tuple[align.Sizes, list[align.Span]]] = []
+    keys: set[int] = set()
 
     def other(mode: Watch) -> None:
         calls.clear()
-        with _counted(model, mode, calls):
+        with _counted(model, mode, calls, keys):
             for rows in way(model, random.Random(draw)):
                 spans = [
                     align.Span(row, part.at, part.start, part.end - part.start, part.gap, part.keys)
@@ -171,7 +172,8 @@ def _of_way(model: Model, way: Way, draw: str, request: int, ranks: Ranks) -> Lo
                 calls[rows.call][1].extend(spans)
 
     watch(other)  # for the sizes, which say how long the run alone has to be
-    padded = _padded(model, request, [size for many, _ in calls for size in (many.batch, many.tokens, many.keys)])
+    taken = [size for many, _ in calls for size in (many.batch, many.tokens)]
+    padded = _padded(model, request, [*taken, *keys])
     one = align.Sizes(1, len(padded), len(padded))
     sizes = list(calls)
     return locate(lambda _: _prefill(model, padded), other, by_spans(one, sizes), integers=False, ranks=ranks)
@@ -203,15 +205,17 @@ def _prefill(model: Model, tokens: Sequence[int]) -> None:
 
 
 @contextmanager
-def _counted(model: Model, mode: Watch, calls: list[Any]) -> Iterator[None]:
-    """Number the calls of a model, and keep the sizes of each."""
+def _counted(model: Model, mode: Watch, calls: list[Any], keys: set[int]) -> Iterator[None]:
+    """Number the calls of a model, and keep the sizes of each; ``keys``: how many any layer saw in any."""
 
     def before(_: Any, __: Any, ___: Any) -> None:
         mode.call = len(calls)
 
     def after(_: Any, __: Any, given: dict[str, Any], output: Any) -> None:
         batch, length = given["input_ids"].shape
-        calls.append((align.Sizes(batch, length, _keys(output.past_key_values)), []))
+        seen = _keys(output.past_key_values)
+        keys.update(seen)
+        calls.append((align.Sizes(batch, length, seen[0] if seen else 0), []))
 
     handles = [
         model.module.register_forward_pre_hook(before, with_kwargs=True),
@@ -225,11 +229,11 @@ def _counted(model: Model, mode: Watch, calls: list[Any]) -> Iterator[None]:
 
 
 @bits.unseen
-def _keys(cache: Any) -> int:
-    """Keys that a call saw: the length of the cache's first layer, of slots where it has a fixed size."""
+def _keys(cache: Any) -> list[int]:
+    """Keys that each layer of a call saw: the length of its cache, of slots where it has a fixed size."""
     layers = getattr(cache, "layers", None) or ()
-    for layer in layers.values() if isinstance(layers, dict) else layers:
-        keys = layer[0] if isinstance(layer, tuple) else getattr(layer, "keys", None)
-        if keys is not None and keys.dim() > 2:
-            return int(keys.shape[-2])
-    return 0
+    held = [
+        layer[0] if isinstance(layer, tuple) else getattr(layer, "keys", None)
+        for layer in (layers.values() if isinstance(layers, dict) else layers)
+    ]
+    return [int(keys.shape[-2]) for keys in held if keys is not None and keys.dim() > 2]

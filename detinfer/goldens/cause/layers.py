@@ -17,7 +17,8 @@ from torch import nn
 from detinfer import bits
 from detinfer.goldens.cause import align
 from detinfer.goldens.cause.align import Pair
-from detinfer.goldens.cause.locate import Located, element, same
+from detinfer.goldens.cause.first import same
+from detinfer.goldens.cause.locate import Located, element
 from detinfer.goldens.result import Cause
 from detinfer.goldens.schedules import Part, Rows
 from detinfer.models.ranks import ALONE, Ranks

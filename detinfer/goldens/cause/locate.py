@@ -17,24 +17,11 @@ import torch
 from detinfer import bits
 from detinfer.goldens.cause import agreed, align
 from detinfer.goldens.cause.align import Pair
-from detinfer.goldens.cause.operations import (
-    Found,
-    Key,
-    Operation,
-    Run,
-    copied,
-    local,
-    matched,
-    operation,
-    waits,
-    watch,
-)
+from detinfer.goldens.cause.first import Differs, First, Parts, Results, floating, same
+from detinfer.goldens.cause.operations import Key, Operation, Run, local, matched, operation, watch
 from detinfer.goldens.result import Cause
 from detinfer.models.ranks import ALONE, Ranks
 from detinfer.models.targets import tensors
-
-Parts = Callable[[int, torch.Tensor, torch.Tensor], Iterator[Pair]]
-"""``parts(call, alone, other)``: what of two results belongs to the request, part by part; nothing if none is known."""
 
 REPEATS = 3
 """Times that the operation is run again on both sides."""
@@ -64,37 +51,18 @@ def locate(
 ) -> Located | None:
     """The first operation of ``other`` that gives the request other bytes than ``alone``; None if none was found.
 
-    On several ``ranks`` all call it together, and the first on any of them is found. ``prefix`` is the name of the unit that is run, for the paths of modules inside it. Without ``integers`` only floating
-    point is compared: positions and masks are others where a request is padded or run in pieces.
+    On several ``ranks`` all call it together, and the first on any of them is found. ``prefix`` is the name of the unit that
+    is run, for the paths of modules inside it. Without ``integers`` only floating point is compared: positions and masks are
+    others where a request is padded or run in pieces.
     """
-    results: dict[int, list[torch.Tensor]] = {}
-
-    unwritten = _Unwritten()
-
-    def keep(number: int, func: Any, args: Any, kwargs: Any, found: list[torch.Tensor]) -> None:
-        if not _is_view(func) and not unwritten(func, found):
-            results[number] = [copied(t) if integers or _floating(t) else t.new_empty(0) for t in found]
-
-    left = watch(alone, keep, ranks)
+    results = Results(integers)
+    left = watch(alone, results.keep, ranks)
     right = watch(other, None, ranks)
     beside = matched(left, right)
-    first: list[tuple[int, int, Pair]] = []
-
-    def compare(number: int, func: Any, args: Any, kwargs: Any, found: list[torch.Tensor]) -> None:
-        wanted = results.get(beside.get(number, -1))
-        if wanted is None or _is_view(func) or unwritten(func, found):
-            return
-        for place, (got, expected) in enumerate(zip(found, wanted, strict=False)):
-            if not (integers or _floating(got)) or got.dtype != expected.dtype:
-                continue
-            for pair in parts(right[number].call, expected, got):
-                if not same(expected, got, pair):
-                    first.append((number, place, pair))
-                    raise Found
-
-    unwritten = _Unwritten()
-    watch(other, compare, ranks)
-    found = agreed.first(ranks, right, beside, first[0][0] if first else None)
+    compared = First(results, right, beside, parts)
+    watch(other, compared.see, ranks)
+    first = compared.found()
+    found = agreed.first(ranks, right, beside, None if first is None else first.number)
     if found is None:
         return None
     number = found.number
@@ -102,21 +70,16 @@ def locate(
     many = operation(other, number, ranks)
     known = None
     if number is not None and one is not None and many is not None:
-        differs = first[0][1:] if ranks.rank in found.ranks else None
+        differs = first if ranks.rank in found.ranks else None
         known = _known(one, many, differs, functools.partial(parts, right[number].call))
         if known.cause is not None:
             extra = [key.name for i, key in enumerate(right[:number]) if i not in beside and key.path == many.key.path]
             path = _path(many.key, prefix)
             known = replace(known, cause=replace(known.cause, path=path, only_there=list(dict.fromkeys(extra))))
     cause = agreed.together(ranks, found, known)
-    if one is None or many is None or found.joint or ranks.rank != found.ranks[0]:
+    if one is None or many is None or first is None or found.joint or ranks.rank != found.ranks[0]:
         return Located(cause)
-    return Located(cause, (one, many), *first[0][1:])
-
-
-def same(alone: torch.Tensor, other: torch.Tensor, pair: Pair) -> bool:
-    """Whether two parts have the same bytes."""
-    return bits.count_mismatches(alone[pair[0]], other[pair[1]]) == 0
+    return Located(cause, (one, many), first.place, first.pair)
 
 
 def element(expected: torch.Tensor, got: torch.Tensor) -> dict[str, Any]:
@@ -135,13 +98,13 @@ def element(expected: torch.Tensor, got: torch.Tensor) -> dict[str, Any]:
 
 
 def _known(
-    one: Operation, many: Operation, differs: tuple[int, Pair] | None, parts: Callable[..., Iterator[Pair]]
+    one: Operation, many: Operation, differs: Differs | None, parts: Callable[..., Iterator[Pair]]
 ) -> agreed.Known:
     """What this rank knows of an operation; ``differs``: which result of it differs, and where, or None."""
     differ: list[int] = []
     unknown: list[int] = []
     for number, (a, b) in enumerate(zip(_operands(one), _operands(many), strict=False)):
-        if not _floating(a):
+        if not floating(a):
             continue
         shared = list(parts(a, b))
         if not shared:
@@ -152,7 +115,7 @@ def _known(
     on_gpu = [kernels(one), kernels(many)]
     if differs is None:
         return agreed.Known(None, differ, unknown, repeats)
-    place, pair = differs
+    place, pair = differs.place, differs.pair
     cause = Cause(
         operation=many.key.name,
         path=many.key.path,
@@ -193,38 +156,6 @@ def kernels(run: Operation) -> list[str]:
 
 def _operands(run: Operation) -> list[torch.Tensor]:
     return [local(t) for t in tensors([*run.args, *run.kwargs.values()])]
-
-
-def _floating(t: torch.Tensor) -> bool:
-    return t.is_floating_point() or t.is_complex()
-
-
-def _is_view(func: Any) -> bool:
-    """Whether an operation only looks at its operand in another way: nothing can differ that did not before."""
-    returned = func._schema.returns
-    return waits(func) or (
-        bool(returned) and all(r.alias_info is not None and not r.alias_info.is_write for r in returned)
-    )
-
-
-class _Unwritten:
-    """Tensors that were made without values, and so hold what memory held; they are filled part by part.
-
-    What is written into them in place is not compared: whoever reads it is.
-    """
-
-    def __init__(self) -> None:
-        self._held: set[int] = set()
-
-    def __call__(self, func: Any, results: Sequence[torch.Tensor]) -> bool:
-        places = {t.untyped_storage().data_ptr() for t in results}
-        if func.name().startswith(("aten::empty", "aten::new_empty")):
-            self._held |= places
-            return True
-        if any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns):
-            return bool(places & self._held)
-        self._held -= places  # the memory was given to somebody else
-        return False
 
 
 def _path(key: Key, prefix: str) -> str:

@@ -15,7 +15,8 @@ import torch
 
 from detinfer.goldens import paged
 from detinfer.goldens.cause import align
-from detinfer.goldens.cause.locate import Located, Parts, by_spans, locate
+from detinfer.goldens.cause.first import Parts
+from detinfer.goldens.cause.locate import Located, by_spans, locate
 from detinfer.goldens.cause.operations import Watch
 from detinfer.goldens.paged import Seen
 from detinfer.goldens.schedules import Model
