@@ -90,9 +90,10 @@ def _spread(t: torch.Tensor) -> bool:
 
 def local(t: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor, and what is in torch's wrapper of a collective that may still run."""
-    part: torch.Tensor = t.to_local() if hasattr(t, "to_local") else t
-    if hasattr(part, "trigger_wait"):
-        part = torch.ops._c10d_functional.wait_tensor(part.elem)
+    held: Any = t.to_local() if hasattr(t, "to_local") else t
+    if hasattr(held, "trigger_wait"):
+        held = torch.ops._c10d_functional.wait_tensor(held.elem)
+    part: torch.Tensor = held
     return part
 
 
