@@ -13,6 +13,7 @@ import torch
 
 from detinfer import deterministic
 from detinfer.goldens.cause.find import find
+from detinfer.goldens.cause.locate import by_batch, locate
 from detinfer.goldens.result import Cause, Divergence
 from detinfer.goldens.runner import Request, run_language_model
 from detinfer.goldens.sweep import Trial
@@ -83,3 +84,17 @@ def test_what_comes_after_experts(
     assert found is not None and found.path.endswith(path), found
     assert operation is None or found.operation == operation
     assert found.got != found.expected and found.elements_differing > 0
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+def test_tensors_without_memory_of_their_own(faulty: bool) -> None:
+    """A sparse operand is followed like any other: the product after it is named where it is wrong, and nowhere else."""
+    sparse, x = torch.eye(6).to_sparse(), torch.arange(12.0).reshape(6, 2)
+
+    def run(batch: int) -> None:
+        y = torch.sparse.mm(sparse, x).t()[None].expand(batch, 2, 6).contiguous()
+        y @ (torch.eye(6) * (1 + 2**-20 * (faulty and batch > 1)))
+
+    found = locate(lambda _: run(1), lambda _: run(3), by_batch(3, 1))
+    assert (found is None) != faulty
+    assert found is None or found.cause.operation == "aten::mul.Tensor"

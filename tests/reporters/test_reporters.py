@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from detinfer import bits, cli
 from detinfer.goldens.result import (
@@ -24,7 +27,7 @@ from detinfer.goldens.result import (
     Result,
     Tally,
 )
-from detinfer.reporters import github, html, junit, summary
+from detinfer.reporters import github, html, junit, summary, text
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -249,3 +252,19 @@ def test_verify_writes_them_all(
     assert "**same**" in (tmp_path / "summary.md").read_text()
     options = ["--n-trials", "4", "--axes", "batch", "--html", str(tmp_path / "no" / "a.html")]
     assert cli.run(["verify", str(golden), *options]) == 6
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"), [([], ""), ([2], ", on rank 2"), ([0, 2], ", on ranks 0 and 2"), ([0, 1, 2], "0, 1 and 2")]
+)
+def test_every_report_names_the_ranks_of_a_cause(ranks: list[int], words: str) -> None:
+    """Those of several on which an operation goes wrong; of one nothing is said."""
+    found = result()
+    cause = found.invariance.cause
+    assert cause is not None
+    found.invariance.cause = replace(cause, ranks=ranks)
+    with io.StringIO() as printed:
+        text.show_cause(found.invariance.cause, Console(file=printed, width=200))
+        reports = [printed.getvalue(), html.page(found), github.commands(found)[0], github.job_summary(found)]
+    for report in reports:
+        assert words in report and ("on rank" in report) == bool(ranks), report

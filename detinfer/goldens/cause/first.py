@@ -163,7 +163,7 @@ def _picks(func: Any, args: tuple[Any, ...]) -> bool:
 class Weights:
     """Of each operation of a run the floating-point operands that no operation before it has made: 0 for another.
 
-    ``all``: those of the whole run. Of several rows, for a constant is made anew in each run.
+    ``all``: those of the whole run. Vectors and numbers are left out: constants are made anew in each run.
     """
 
     def __init__(self) -> None:
@@ -171,14 +171,22 @@ class Weights:
         self._made: set[int] = set()
 
     def __call__(self, given: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> list[int]:
-        held = [t.data_ptr() if floating(t) and t.dim() > 1 and _memory(t) not in self._made else 0 for t in given]
+        memory = [_memory(t) for t in given]
+        held = [
+            t.data_ptr() if floating(t) and t.dim() > 1 and place >= 0 and place not in self._made else 0
+            for t, place in zip(given, memory, strict=True)
+        ]
         self.all.update(place for place in held if place)
-        self._made.update(_memory(t) for t in results if all(_memory(t) != _memory(one) for one in given))
+        self._made.update({_memory(t) for t in results} - set(memory))
         return held
 
 
 def _memory(t: torch.Tensor) -> int:
-    return t.untyped_storage().data_ptr()
+    """Where its elements lie; of a tensor that has no memory of its own (sparse, or around others) a number below 0."""
+    try:
+        return t.untyped_storage().data_ptr()
+    except RuntimeError:
+        return -id(t)
 
 
 class Unwritten:
