@@ -176,7 +176,7 @@ def show_cause(cause: Cause, console: Console) -> None:
         console.print(f"    {cause.note}", soft_wrap=True)
     for side, names in (("alone", cause.kernels_alone), ("here", cause.kernels_other)):
         if names:
-            console.print(f"    kernels {side}: {', '.join(names)}", soft_wrap=True)
+            console.print(f"    kernels {side}: {'; '.join(names)}", soft_wrap=True)
 
 
 def _verdict(console: Console, what: str, verdict: str, count: str, reasons: Sequence[str]) -> None:

@@ -18,10 +18,10 @@ from detinfer import bits
 from detinfer.goldens.cause import agreed, align
 from detinfer.goldens.cause.align import Pair
 from detinfer.goldens.cause.first import Differs, First, Parts, Results, floating, same
-from detinfer.goldens.cause.operations import Key, Operation, Run, local, matched, operation, watch
+from detinfer.goldens.cause.kernels import confirmed, kernels, operands
+from detinfer.goldens.cause.operations import Key, Operation, Run, matched, operation, watch
 from detinfer.goldens.result import Cause
 from detinfer.models.ranks import ALONE, Ranks
-from detinfer.models.targets import tensors
 
 REPEATS = 3
 """Times that the operation is run again on both sides."""
@@ -103,7 +103,7 @@ def _known(
     """What this rank knows of an operation; ``differs``: which result of it differs, and where, or None."""
     differ: list[int] = []
     unknown: list[int] = []
-    for number, (a, b) in enumerate(zip(_operands(one), _operands(many), strict=False)):
+    for number, (a, b) in enumerate(zip(operands(one), operands(many), strict=False)):
         if not floating(a):
             continue
         shared = list(parts(a, b))
@@ -119,13 +119,14 @@ def _known(
     cause = Cause(
         operation=many.key.name,
         path=many.key.path,
-        alone=align.shape(_operands(one)),
-        other=align.shape(_operands(many)),
+        alone=align.shape(operands(one)),
+        other=align.shape(operands(many)),
         inputs_differing=differ,
         inputs_unknown=unknown,
         repeats=repeats,
         kernels_alone=on_gpu[0],
         kernels_other=on_gpu[1],
+        note="" if differ or unknown or not repeats else confirmed(one, many, differs, parts),
         **element(one.results[place][pair[0]], many.results[place][pair[1]]),
     )
     return agreed.Known(cause, differ, unknown, repeats)
@@ -138,24 +139,6 @@ def _again(run: Operation) -> bool:
         for got, before in zip(run(), run.results, strict=True):
             repeats &= got.shape == before.shape and not bits.count_mismatches(got, before)
     return repeats
-
-
-def kernels(run: Operation) -> list[str]:
-    """Names and grids of the GPU kernels that an operation launches; none on CPU."""
-    if not any(t.is_cuda for t in _operands(run)):
-        return []
-    from torch.profiler import ProfilerActivity, profile
-
-    run()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        run()
-        torch.cuda.synchronize()
-    events = [event for event in seen.events() or () if event.device_type.name == "CUDA"]
-    return [event.name for event in events]
-
-
-def _operands(run: Operation) -> list[torch.Tensor]:
-    return [local(t) for t in tensors([*run.args, *run.kwargs.values()])]
 
 
 def _path(key: Key, prefix: str) -> str:
