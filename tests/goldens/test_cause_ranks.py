@@ -68,7 +68,7 @@ def causes(spec: str, faults: dict[str, tuple[Fault, str, str]]) -> list[Any]:
     """What rank 0 found, and that the others have the same cause; the first of its ranks alone has the operation."""
     found = launch(cause_ranks.run, 3, spec, [fault for fault, _, _ in faults.values()])
     assert isinstance(found, dict), "no rank left early"
-    for everyone in zip(*found.values(), strict=True):
+    for everyone in zip(*(found[rank] for rank in range(3)), strict=True):  # they came in any order
         cause = everyone[0][0]
         assert all(other == cause for other, _ in everyone)
         holds = [rank for rank, (_, operation) in enumerate(everyone) if operation]
