@@ -12,20 +12,25 @@ import torch
 from detinfer import native
 
 LONGEST = (
-    "goldens/test_plants.py",
     "collectives/test_fibers.py",
+    "goldens/test_plants.py",
+    "cli/test_tp_resume.py",
+    "collectives/test_fibers_mismatch.py",
+    "cli/test_tp_stopped.py",
     "cli/test_tp.py",
     "goldens/test_vectors.py",
     "cli/test_tp_sizes.py",
     "goldens/test_builtin_golden.py",
-    "cli/test_tp_stopped.py",
-    "cli/test_tp_resume.py",
     "goldens/test_record.py",
     "models/test_zoo_axes.py",
     "integrations/test_workflow.py",
     "integrations/test_pipeline.py",
     "cli/test_tp_transformers.py",
     "goldens/test_resume.py",
+    "cli/test_tp_locate.py",
+    "cli/test_tp_cause.py",
+    "cli/test_tp_experts.py",
+    "goldens/test_cause_ranks.py",
     "policy/test_distributed.py",
 )
 """Half a minute and more each. Workers take a file at a time: one that came last would leave the others idle."""
