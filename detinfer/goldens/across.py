@@ -153,7 +153,7 @@ def _path(golden: Any, entry: Recorded, path: str, tensor: torch.Tensor, here: S
 def beside(
     golden: Any, entry: Recorded, path: str, tensor: torch.Tensor, here: Sequence[Shapes], mine: int
 ) -> torch.Tensor | str:
-    """What the file has of rank ``mine``'s ``tensor``: the tensor, where that one lies, or its digest where the golden holds digests alone.
+    """What the file has of rank ``mine``'s ``tensor``: the tensor, on the same device, or its digest where there is no more.
 
     ``here`` are all ranks' shapes and digests. Raises Unaligned where it cannot be laid beside the file.
     """

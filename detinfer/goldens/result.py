@@ -55,8 +55,8 @@ class Cause:
     the two runs reach the operation by different ones, ``only_there``), ``inputs_unknown`` those of which it cannot be
     told what belongs to the request; ``repeats`` says whether the operation gives its bytes again when it is run again
     on either side. ``batch`` is the smallest number of rows that still shows it, ``requests`` those
-    in them, ``kernels_*`` the GPU kernels of both sides with their grids. ``ranks`` are those of several on which its results differ, empty
-    on one; the element is the first of them's. ``note`` says what else was found out: where it is there, ``operation``
+    in them, ``kernels_*`` the GPU kernels of both sides with their grids. ``ranks`` are those of several on which its
+    results differ, empty on one; the element is the first of them's. ``note`` says what else was found out: where it is there, ``operation``
     may be the type of the module ``path``, in which no operation could be watched.
     """
 

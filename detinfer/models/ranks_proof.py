@@ -29,8 +29,8 @@ def _ways(collective: str, device: torch.device) -> tuple[Any, ...]:
 def prove(ranks: Any, dtype: torch.dtype, order: Order = "rank_order", device: torch.device = CPU) -> tuple[int, bytes]:
     """Compare all_reduce, in an order of ranks, with detinfer/reference/all_reduce.py on this rank: (results, their bytes).
 
-    All ranks call it together; ``ranks`` is the communicator of ``device``. Inputs cancel, have signed zeros, NaN and infinities, and odd widths. Raises Diverged
-    with the first difference, UnsupportedDtype for a dtype without an order here.
+    All ranks call it together; ``ranks`` is the communicator of ``device``. Inputs cancel, have signed zeros, NaN and
+    infinities, and odd widths. Raises Diverged with the first difference, UnsupportedDtype for a dtype without an order here.
     """
     native.dtype_code(dtype, SUBJECT)
     evidence, name, size = Evidence(SUBJECT, dtype), REFERENCE_NAME[dtype], ranks.size

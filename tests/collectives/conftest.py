@@ -16,6 +16,9 @@ if HERE not in sys.path:  # `ranks` is imported by name, here and in the process
 import fibers  # noqa: E402
 import ranks as _ranks  # noqa: E402
 
+from detinfer import native  # noqa: E402
+from detinfer.collectives import cuda_native  # noqa: E402
+
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
 STAGING = 4096
 """Small, so that tensors of a few thousand elements go in pieces."""
@@ -37,6 +40,18 @@ def server() -> Iterator[None]:
 def fibers_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The GPU library built for the CPU, once for all files of tests that run it."""
     return fibers.library(tmp_path_factory.mktemp("fibers"))
+
+
+@pytest.fixture(scope="module")
+def on_fibers(fibers_library: Path) -> Iterator[None]:
+    """GPU communicators run on the CPU in this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(native.GPU_LIBRARY_VARIABLE, str(fibers_library))
+        for cached in (native._open_gpu, cuda_native.library):
+            cached.cache_clear()
+        yield
+    for cached in (native._open_gpu, cuda_native.library):
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="module")

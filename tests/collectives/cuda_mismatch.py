@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,23 +86,30 @@ CALLS = {
 }
 
 
-def said(comm: CudaCommunicator) -> str:
-    """What check() raises; it has to be RankMismatch."""
+def mistaken(comm: CudaCommunicator, room: Room, made: Sequence[str]) -> str:
+    """What is wrong with what a rank found where the ranks ``made`` these calls; empty where all is as it has to be.
+
+    It has to raise RankMismatch that names a rank whose call was another, and that one's call, and to hold no number.
+    """
     try:
         comm.check()
     except RankMismatch as error:
-        return str(error)
-    raise AssertionError(f"rank {comm.rank} found no mismatch")
+        said, own = str(error), made[comm.rank]
+        others = [peer for peer in range(RANKS) if made[peer] != own]
+        if all(_wrong(said, comm.rank, peer, CALLS[own], CALLS[made[peer]]) for peer in others):
+            return said
+        return "" if room.no_numbers(comm.rank) else f"rank {comm.rank} holds numbers of another"
+    return f"rank {comm.rank} found no mismatch"
 
 
-def wrong(error: str, rank: int, peers: set[int], own: Kind, other: Kind) -> bool:
-    """Whether a rank's error does not name one of the peers, the rank's call and, where only that one can say it, its."""
+def _wrong(error: str, rank: int, peer: int, own: Kind, other: Kind) -> bool:
+    """Whether a rank's error does not name the peer, the rank's call and, where only that one can say it, its."""
     found = re.fullmatch(
         rf"rank (\d) made another call than rank {rank}, which was in {re.escape(own.words)} "
         r"\(exchange \d+ of channel \d+\)(?:; rank (\d) was in ([^;]*))?; its outputs hold NaN.*",
         error,
     )
-    if found is None or int(found[1]) not in peers:
+    if found is None or int(found[1]) != peer:
         return True
     theirs = other.words + (" too, with other options" if own.words == other.words else "")
     return (found[2], found[3]) not in [(found[1], theirs)] + ([(None, None)] if own.place == other.place else [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,7 @@ import torch
 from cuda_vectors import GOLDENS, called
 from fibers import Ranks, same, tensor_of
 
-from detinfer import bits, native
-from detinfer.collectives import cuda_native
+from detinfer import bits
 from detinfer.collectives.stress import cancelling, special
 from detinfer.errors import PeerError, RankMismatch
 from detinfer.goldens.vectors import file
@@ -25,17 +23,7 @@ from detinfer.reference.arithmetic import DType, load, rounded, store
 
 PATHS = ("push", "push_tiles", "pull", "two_shot")
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library(fibers_library: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(native.GPU_LIBRARY_VARIABLE, str(fibers_library))
-        for cached in (native._open_gpu, cuda_native.library):
-            cached.cache_clear()
-        yield
-    for cached in (native._open_gpu, cuda_native.library):
-        cached.cache_clear()
+pytestmark = pytest.mark.usefixtures("on_fibers")
 
 
 @pytest.fixture(params=[2, 3])

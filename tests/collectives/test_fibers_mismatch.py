@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from cuda_mismatch import CALLS, RANKS, Room, said, wrong
+from cuda_mismatch import CALLS, RANKS, Room, mistaken
 from fibers import SMALL, Ranks, same, tensor_of
 
-from detinfer import native
 from detinfer.collectives import cuda_native
 from detinfer.collectives.cuda import CudaCommunicator
 from detinfer.collectives.stress import cancelling
@@ -21,20 +18,10 @@ from detinfer.errors import RankMismatch
 from detinfer.reference import all_gather as gather_reference
 from detinfer.reference import all_reduce as reference
 
+pytestmark = pytest.mark.usefixtures("on_fibers")
 FEW_BLOCKS = replace(SMALL, row_blocks=2)
 LIMIT = 600.0
 """Seconds: a wait that ended by the time limit would be the whole suite's end."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library(fibers_library: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(native.GPU_LIBRARY_VARIABLE, str(fibers_library))
-        for cached in (native._open_gpu, cuda_native.library):
-            cached.cache_clear()
-        yield
-    for cached in (native._open_gpu, cuda_native.library):
-        cached.cache_clear()
 
 
 def _announced(ranks: Ranks) -> list[bytes]:
@@ -53,21 +40,14 @@ def test_one_makes_another_call(most: str) -> None:
         ranks = Ranks(RANKS, FEW_BLOCKS, timeout=LIMIT, first_sequence=first)
         rooms = [Room("cpu") for _ in range(RANKS)]
         alone = turn % RANKS
+        made = [odd if rank == alone else most for rank in range(RANKS)]
         for name in ("all_gather push", "all_reduce two_shot", "few")[: turn % 4]:
             ranks.run(lambda c, name=name, rooms=rooms: CALLS[name].call(c, rooms[c.rank]))
         rooms = [Room("cpu") for _ in range(RANKS)]
         with pytest.raises(RankMismatch):
-            ranks.run(
-                lambda c, odd=odd, alone=alone, rooms=rooms: CALLS[odd if c.rank == alone else most].call(
-                    c, rooms[c.rank]
-                )
-            )
-        others = set(range(RANKS)) - {alone}
-        for comm in ranks.ranks:
-            own, other, peers = (odd, most, others) if comm.rank == alone else (most, odd, {alone})
-            error = said(comm)
-            if wrong(error, comm.rank, peers, CALLS[own], CALLS[other]) or not rooms[comm.rank].no_numbers(comm.rank):
-                found.append((odd, alone, error))
+            ranks.run(lambda c, made=made, rooms=rooms: CALLS[made[c.rank]].call(c, rooms[c.rank]))
+        said = [mistaken(comm, rooms[comm.rank], made) for comm in ranks.ranks]
+        found += [(odd, alone, error) for error in said if error]
         ranks.close()
     assert found == []
 
@@ -82,13 +62,7 @@ def test_all_differ_and_one_comes_late() -> None:
             with pytest.raises(RankMismatch):
                 ranks.run(lambda c, rooms=rooms: CALLS[names[c.rank]].call(c, rooms[c.rank]), ranks=some)
         for comm in ranks.ranks:
-            error = said(comm)
-            assert any(
-                not wrong(error, comm.rank, {peer}, CALLS[names[comm.rank]], CALLS[names[peer]])
-                for peer in range(RANKS)
-                if peer != comm.rank
-            ), error
-            assert rooms[comm.rank].no_numbers(comm.rank)
+            assert mistaken(comm, rooms[comm.rank], names) == ""
         ranks.close()
 
 

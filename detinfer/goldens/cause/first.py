@@ -1,8 +1,9 @@
 """The first result of a run that is not what the request got alone.
 
 What of a tensor belongs to the request is found from sizes, and sizes may fit by accident: rows that were picked by what
-tokens hold, as those of an expert, are other rows in another run, and perhaps another expert's. So tensors are followed that are made of such picked ones.
-An operation that is given one and differs is the cause only if nothing of what is made of it agrees again.
+tokens hold, as those of an expert, are other rows in another run, and perhaps another expert's. So tensors are followed that
+are made of such picked ones. An operation that is given one and differs is the cause only if nothing of what is made of it
+agrees again.
 """
 
 from __future__ import annotations
