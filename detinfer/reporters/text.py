@@ -148,6 +148,8 @@ def _first(first: Divergence, what: str, console: Console, cause: Cause | None) 
     )
     if cause is not None:
         show_cause(cause, console)
+    elif what == "invariance":
+        console.print("  no operation was found behind it when the run was made again")
     if what not in ("control", "not promised"):
         if not first.axis:
             console.print("  its inputs agree, its output does not")

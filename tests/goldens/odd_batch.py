@@ -48,12 +48,15 @@ def planted(module: Any, what: str, path: str, here: bool) -> Iterator[None]:
     """A fault in this process; it shows ``here`` or not, for the sums of all ranks are looked at together.
 
     ``product``: the linear layer ``path`` adds in halves of K; ``piece``: so it does for a piece of a prompt, in a batch of
-    any size, and ``compiled``: in what torch.compile made, and ``expert``: of many rows; ``attention`` scales by another factor; ``sum``: a sum over ranks of a built-in model begins at rank 1, and
-    ``group``: so does one of torch.distributed.
+    any size, and ``compiled``: in what torch.compile made, and ``expert``: of many rows; ``chance``: it scales its input,
+    every other time; ``attention`` scales by another factor; ``sum``: a sum over ranks of a built-in model begins at rank
+    1, and ``group``: so does one of torch.distributed.
     """
     linear, attention, spread, group = F.linear, F.scaled_dot_product_attention, Spread._all_reduce, Group.all_reduce
     within: list[str] = []
     running: list[bool] = []
+    prefills: list[bool] = []
+
     shows = {"piece": piece, "expert": many, "compiled": lambda _: bool(running)}.get(what, together)
 
     def halved(x: torch.Tensor, weight: torch.Tensor, *bias: Any) -> torch.Tensor:
@@ -61,6 +64,13 @@ def planted(module: Any, what: str, path: str, here: bool) -> Iterator[None]:
             return linear(x, weight, *bias)
         half = x.shape[-1] // 2
         return linear(x[..., :half], weight[:, :half]) + linear(x[..., half:], weight[:, half:])
+
+    def chanced(x: torch.Tensor, weight: torch.Tensor, *bias: Any) -> torch.Tensor:
+        if not (within and here):
+            return linear(x, weight, *bias)
+        if together(x) and x.shape[1] == LENGTH:
+            prefills.append(True)
+        return linear(x * (1.001 if together(x) and len(prefills) % 2 == 0 else 1), weight, *bias)
 
     def compiled(forward: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -91,6 +101,7 @@ def planted(module: Any, what: str, path: str, here: bool) -> Iterator[None]:
 
     faults = {
         "product": (F, "linear", halved),
+        "chance": (F, "linear", chanced),
         "piece": (F, "linear", halved),
         "expert": (F, "linear", halved),
         "compiled": (F, "linear", halved),

@@ -64,8 +64,9 @@ def both(call: Any) -> tuple[Operation, Operation, Differs]:
         args = (given, weight)
         found.append(Operation(Key("aten::mm", "layer", 0), Function(call), args, {}, [call(*args)]))
     pair: Pair = ((slice(0, 1), slice(0, 40)), (slice(ROW, ROW + 1), slice(0, 40)))
-    assert bits.count_mismatches(found[0].results[0][pair[0]], found[1].results[0][pair[1]]) > 0
-    return found[0], found[1], Differs(0, 0, pair)
+    seen = [run.results[0][place] for run, place in zip(found, pair, strict=True)]
+    assert bits.count_mismatches(*seen) > 0
+    return found[0], found[1], Differs(0, 0, pair, *seen)
 
 
 def parts(a: torch.Tensor, b: torch.Tensor) -> Iterator[Pair]:
@@ -125,5 +126,6 @@ def test_kernels_of_a_product_on_a_gpu() -> None:
     )
     assert all("<<<" in name for run in (alone, among) for name in kernels(run) if not name.startswith("Mem"))
     assert kernels(alone) != kernels(among)
-    said = confirmed(alone, among, Differs(0, 0, pair), lambda a, b: by_batch(16, 0)(0, a, b))
+    differs = Differs(0, 0, pair, alone.results[0], among.results[0][:16])
+    said = confirmed(alone, among, differs, lambda a, b: by_batch(16, 0)(0, a, b))
     assert "the shapes decide" in said

@@ -13,7 +13,7 @@ import torch
 from detinfer.collectives.launch import launch
 from detinfer.errors import UsageError
 from detinfer.goldens.cause import agreed
-from detinfer.goldens.cause.locate import Located
+from detinfer.goldens.cause.locate import CHANCE, Located
 from detinfer.goldens.cause.operations import Key
 from detinfer.goldens.cause.script import write
 from detinfer.goldens.result import Cause
@@ -44,6 +44,7 @@ DENSE: dict[str, tuple[Fault, str, str]] = {
         "layers.1.self_attn.k_proj",
         LINEAR,
     ),
+    "a rank's input, by chance": (("chance", OUT, (2,), "", "batch"), OUT, "aten::mul.Tensor"),
     "a sum": (("sum", "", ALL, "", "batch"), SUM, SUMS),
     "a sum that one rank has otherwise": (("sum", "", (1,), "", "batch"), SUM, SUMS),
     "a chunk of a prefill": (
@@ -72,7 +73,7 @@ def causes(spec: str, faults: dict[str, tuple[Fault, str, str]]) -> list[Any]:
         cause = everyone[0][0]
         assert all(other == cause for other, _ in everyone)
         holds = [rank for rank, (_, operation) in enumerate(everyone) if operation]
-        alone = cause is not None and cause.operation.startswith("aten::")
+        alone = cause is not None and cause.operation.startswith("aten::") and CHANCE not in cause.note
         assert holds == (cause.ranks[:1] if alone else [])
     return [cause for cause, _ in found[0]]
 
@@ -84,9 +85,8 @@ def check(cause: Cause, fault: Fault, path: str, operation: str) -> None:
         operation,
         list(fault[2]),
     ), cause
-    assert (
-        cause.got != cause.expected and cause.ulp and 0 < cause.elements_differing <= cause.elements and cause.repeats
-    )
+    assert cause.got != cause.expected and cause.ulp and 0 < cause.elements_differing <= cause.elements
+    assert (cause.repeats, cause.note == CHANCE) == ((False, True) if fault[0] == "chance" else (True, False))
     if fault[0] in ("sum", "group", "attention"):
         assert (cause.inputs_differing, cause.inputs_unknown) == ([], []), "every rank's inputs agree"
 

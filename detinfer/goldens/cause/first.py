@@ -25,11 +25,16 @@ Parts = Callable[[int, torch.Tensor, torch.Tensor], Iterator[Pair]]
 
 @dataclass(frozen=True)
 class Differs:
-    """Operation ``number``, its result ``place``, and the part of it that is another in the run alone."""
+    """Operation ``number``, its result ``place``, and the part of it that is another in the run alone.
+
+    ``expected`` and ``got`` are what the part held then: a fault by chance shows other bytes when it is looked at again.
+    """
 
     number: int
     place: int
     pair: Pair
+    expected: torch.Tensor
+    got: torch.Tensor
 
 
 class Results:
@@ -66,7 +71,6 @@ class First:
         self._picked: set[int] = set()  # memory of what is made of picked rows and has not agreed since
         self._first: Differs | None = None
         self._perhaps: Differs | None = None
-        self._size = 0  # elements of it
         self._agreed = True  # the last of the call's results that could be compared
 
     def found(self) -> Differs | None:
@@ -107,24 +111,25 @@ class First:
             if not (self._results.integers or floating(got)) or got.dtype != expected.dtype:
                 continue
             for pair in self._parts(self._keys[number].call, expected, got):
+                mine = expected[pair[0]]
                 if not same(expected, got, pair):
-                    self._differs(Differs(number, place, pair), picked, expected[pair[0]].numel())
+                    self._differs(Differs(number, place, pair, mine.clone(), got[pair[1]].clone()), picked)
                     return False
-                elements += expected[pair[0]].numel()
+                elements += mine.numel()
         if not elements:
             return None
         self._agreed = True
-        if picked and elements >= self._size:  # a row's mean may agree, and the row not
-            self._perhaps = None
+        if picked and self._perhaps is not None and elements >= self._perhaps.got.numel():
+            self._perhaps = None  # of fewer it says nothing: a row's mean may agree, and the row not
         return True
 
-    def _differs(self, one: Differs, picked: bool, elements: int) -> None:
+    def _differs(self, one: Differs, picked: bool) -> None:
         self._agreed = False
         if not picked:
             self._first = one
             raise Found
         if self._perhaps is None:
-            self._perhaps, self._size = one, elements
+            self._perhaps = one
 
     def _call_ends(self, number: int) -> None:
         if number and self._keys[number].call != self._keys[number - 1].call:

@@ -24,15 +24,18 @@ from detinfer.goldens.result import Cause
 from detinfer.models.ranks import ALONE, Ranks
 
 REPEATS = 3
-"""Times that the operation is run again on both sides."""
+"""Times that the operation is run again on both sides, and at most a run that makes other operations than before."""
+
+CHANCE = "the run, made again, gave other bytes here"
+"""Said of a fault that is left to chance, as the order of atomic additions is."""
 
 
 @dataclass(frozen=True)
 class Located:
     """The cause, and the operation of both runs with its arguments: enough to show it without the model.
 
-    There are no ``operations`` of a module in which none could be watched, of one that all ranks make together, and on
-    another rank than the first of those that differ.
+    There are no ``operations`` of a module in which none could be watched, of one that all ranks make together, on
+    another rank than the first of those that differ, and where the run, made again, gave the request its bytes alone.
     """
 
     cause: Cause
@@ -51,16 +54,23 @@ def locate(
 ) -> Located | None:
     """The first operation of ``other`` that gives the request other bytes than ``alone``; None if none was found.
 
+    None too where ``other`` makes other operations each time that it is run.
+
     On several ``ranks`` all call it together, and the first on any of them is found. ``prefix`` is the name of the unit that
     is run, for the paths of modules inside it. Without ``integers`` only floating point is compared: positions and masks are
     others where a request is padded or run in pieces.
     """
     results = Results(integers)
     left = watch(alone, results.keep, ranks)
-    right = watch(other, None, ranks)
-    beside = matched(left, right)
-    compared = First(results, right, beside, parts)
-    watch(other, compared.see, ranks)
+    for _ in range(REPEATS):
+        right = watch(other, None, ranks)
+        beside = matched(left, right)
+        compared = First(results, right, beside, parts)
+        seen = watch(other, compared.see, ranks)
+        if not ranks.any(seen != right[: len(seen)]):
+            break
+    else:
+        return None  # no operation of such a run can be laid beside one alone
     first = compared.found()
     found = agreed.first(ranks, right, beside, None if first is None else first.number)
     if found is None:
@@ -68,16 +78,25 @@ def locate(
     number = found.number
     one = operation(alone, None if number is None else beside[number], ranks)
     many = operation(other, number, ranks)
+    differs = first if ranks.rank in found.ranks else None
+    here = number is not None and one is not None and many is not None and many.key == right[number]
+    # What all ranks make together is made again by all or by none.
+    met = not ranks.any(not here) if found.joint else here
     known = None
-    if number is not None and one is not None and many is not None:
-        differs = first if ranks.rank in found.ranks else None
+    if met and number is not None and one is not None and many is not None:
         known = _known(one, many, differs, functools.partial(parts, right[number].call))
-        if known.cause is not None:
-            extra = [key.name for i, key in enumerate(right[:number]) if i not in beside and key.path == many.key.path]
-            path = _path(many.key, prefix)
-            known = replace(known, cause=replace(known.cause, path=path, only_there=list(dict.fromkeys(extra))))
+    elif differs is not None:
+        known = _gone(right[differs.number], differs)
+    if known is not None and known.cause is not None and number is not None:
+        key = right[number]
+        extra = [k.name for i, k in enumerate(right[:number]) if i not in beside and k.path == key.path]
+        known = replace(
+            known, cause=replace(known.cause, path=_path(key, prefix), only_there=list(dict.fromkeys(extra)))
+        )
     cause = agreed.together(ranks, found, known)
     if one is None or many is None or first is None or found.joint or ranks.rank != found.ranks[0]:
+        return Located(cause)
+    if not met or not _shows(one, many, first):
         return Located(cause)
     return Located(cause, (one, many), first.place, first.pair)
 
@@ -115,7 +134,11 @@ def _known(
     on_gpu = [kernels(one), kernels(many)]
     if differs is None:
         return agreed.Known(None, differ, unknown, repeats)
-    place, pair = differs.place, differs.pair
+    note = ""
+    if not (_holds(one, differs, 0) and _holds(many, differs, 1)):
+        repeats, note = False, CHANCE
+    elif repeats and not differ and not unknown:
+        note = confirmed(one, many, differs, parts)
     cause = Cause(
         operation=many.key.name,
         path=many.key.path,
@@ -126,10 +149,45 @@ def _known(
         repeats=repeats,
         kernels_alone=on_gpu[0],
         kernels_other=on_gpu[1],
-        note="" if differ or unknown or not repeats else confirmed(one, many, differs, parts),
-        **element(one.results[place][pair[0]], many.results[place][pair[1]]),
+        note=note,
+        **element(differs.expected, differs.got),
     )
     return agreed.Known(cause, differ, unknown, repeats)
+
+
+def _gone(key: Key, differs: Differs) -> agreed.Known:
+    """What is known of an operation that the run does not come by any more when it is made again."""
+    cause = Cause(
+        operation=key.name,
+        path=key.path,
+        alone=align.shape([differs.expected]),
+        other=align.shape([differs.got]),
+        repeats=False,
+        note=f"{CHANCE}, by way of other operations",
+        **element(differs.expected, differs.got),
+    )
+    return agreed.Known(cause, [], [], repeats=False)
+
+
+def _holds(run: Operation, differs: Differs, side: int) -> bool:
+    """Whether the request's part of the result (of side 0, alone, or 1) is what it was when it was seen first."""
+    part, wanted = _part(run, differs, side), (differs.expected, differs.got)[side]
+    return part is not None and part.shape == wanted.shape and not bits.count_mismatches(part, wanted)
+
+
+def _shows(one: Operation, many: Operation, differs: Differs) -> bool:
+    """Whether the operation as it was made again differs too."""
+    left, right = _part(one, differs, 0), _part(many, differs, 1)
+    return (
+        left is not None and right is not None and left.shape == right.shape and bits.count_mismatches(left, right) > 0
+    )
+
+
+def _part(run: Operation, differs: Differs, side: int) -> torch.Tensor | None:
+    place = differs.pair[side]
+    if differs.place >= len(run.results) or len(place) > run.results[differs.place].dim():
+        return None
+    return run.results[differs.place][place]
 
 
 def _again(run: Operation) -> bool:

@@ -50,10 +50,15 @@ def write(found: Located, folder: Path, scope: str | None) -> Path:
     """Write the script and its operands into ``folder``; ``scope`` is the policy's, None for none. Returns the script.
 
     Raises UsageError where the folder holds other files, and where there is no operation that a script could run: a module
-    was found, or what all ranks make together.
+    was found, what all ranks make together, or what chance decides and did not show when it was made again.
     """
     if found.operations is None:
         what = found.cause.path
+        if not found.cause.repeats:
+            raise UsageError(
+                f"--script {folder}: {found.cause.operation} of {what} does not repeat itself, and made again it left nothing "
+                "that a script could show: locate it once more"
+            )
         if "::" in found.cause.operation:
             raise UsageError(
                 f"--script {folder}: all ranks make {found.cause.operation} of {what} together: no script shows it alone"
