@@ -19,6 +19,7 @@ WIDEST = 256
 
 LOG2E = math.log2(math.e)
 _SCANNED = 16384  # a mask up to here is read by the decode kernel itself
+_HOPPER_ROWS = 128  # of a tile: 64 for each of two groups of warps
 _FEW_ROWS = 16  # the least rows of a tile on the matrix unit
 Span = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -34,8 +35,21 @@ def kernels_of_triton() -> Any:
             f"attention on a GPU needs Triton, which cannot be imported ({error}): install a CUDA build of torch, or the "
             "triton package of the version that this torch names"
         ) from None
+    try:
+        from triton.experimental.gluon.language import NVMMASharedLayout
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
+
+        from detinfer.ops.attention_prefill_hopper import prefill_hopper
+    except ImportError:  # this Triton's Gluon is another: ``prefill`` takes what it would
+        prefill_hopper = None
+
+    def described_hopper(t: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
+        return HopperDescriptor(t, shape, strides, block, NVMMASharedLayout(128, 16, rank=4))
+
     return SimpleNamespace(
         prefill=attention_prefill_triton.prefill,
+        prefill_hopper=prefill_hopper,
+        descriptor_hopper=described_hopper,
         tiles=attention_triton.tiles,
         decode=attention_triton.decode,
         spans=attention_plain_triton.spans,
@@ -120,7 +134,8 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[B, H, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, Dv] (a paged cache: [pages, Hkv, page, D]) with contiguous rows.
 
-    ``stride`` is the result's, contiguous unless given. ``path`` holds the call to ``tiles``, ``prefill`` or ``decode``.
+    ``stride`` is the result's, contiguous unless given. ``path`` holds the call to ``tiles``, ``prefill``,
+    ``prefill_hopper`` or ``decode``; left out, ``prefill_hopper`` is never chosen: nobody has measured it yet.
     """
     _check_devices(q, k, v, keys)
     q, k, v = (t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
@@ -180,7 +195,7 @@ class Launch:
         self.span: tuple[Any, ...] | None = None
         """What ``_spans`` takes besides the mask, where the kernel does not look at the mask's rows itself."""
         self.work = (0, 0, 0, 0)
-        self.tiles: tuple[list[Any], list[Any]] = ([], [])
+        self.tiles: tuple[list[Any], ...] = ()
         """For the copy engine: shape, strides and block of K and of V."""
         self.compiled: tuple[Any, tuple[Any, ...]] | None = None
         """What Triton made of the kernel for these arguments at the first start, and the constants in their order."""
@@ -207,9 +222,11 @@ class Launch:
             return out.zero_(), lse if lse is None else lse.fill_(-math.inf)
         kernels = kernels_of_triton()
         to_lse = q if lse is None else lse  # q: a pointer that is not followed
-        if self.kernel == "prefill":
-            described = [kernels.descriptor(t, *how) for t, how in zip((k, v), self.tiles, strict=True)]
-            self._run(kernels.prefill, (q, k, v, *described, out, to_lse))
+        if self.tiles:
+            hopper = self.kernel == "prefill_hopper"
+            describe = kernels.descriptor_hopper if hopper else kernels.descriptor
+            described = [describe(t, *how) for t, how in zip((k, v), self.tiles, strict=True)]
+            self._run(kernels.prefill_hopper if hopper else kernels.prefill, (q, k, v, *described, out, to_lse))
             self._prove(q, k, v, keys)
             return out, lse
         mask = keys.added
@@ -289,11 +306,18 @@ def _cut(
         "G": group, "SHARE": share, "D": depth, "DV": value_depth, "DP": padded(depth), "DVP": padded(value_depth),
         "CAUSAL": keys.causal, "WANT_LSE": launch.want_lse, "enable_fp_fusion": False,
     }  # fmt: skip
-    if launch.kernel == "prefill":
+    if launch.kernel in ("prefill", "prefill_hopper"):
+        hopper = launch.kernel == "prefill_hopper"
+        if hopper:
+            wide = _HOPPER_ROWS
+            if (why := _not_for_hopper(q, k, v, keys, wide // group, n_keys, kernels)) is not None:
+                raise RefusedError(f"{NAME}: path prefill_hopper does not take this call: {why}; leave path out")
         launch.grid = (-(-queries // (wide // group)), batch * kv_heads)
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.stride[:3])
-        launch.numbers = (kv_heads, heads, queries, n_keys, keys.shift, 0, c, *strides)
-        launch.constants |= {"BM": wide, "num_warps": large.warps, "num_stages": large.stages}
+        nil = () if hopper else (0,)
+        launch.numbers = (kv_heads, heads, queries, n_keys, keys.shift, *nil, c, *strides)
+        launch.constants |= {"BM": wide, "num_warps": large.warps}
+        launch.constants |= {"STAGES": 4 if padded(deepest) > 64 else 6} if hopper else {"num_stages": large.stages}
         launch.tiles = (_described(k, kernels.block), _described(v, kernels.block))
         return
     scan = launch.kernel == "decode" and mask is not None and n_keys <= _SCANNED
@@ -353,6 +377,19 @@ def _plain(
             return False
         longer *= 2
     return True
+
+
+def _not_for_hopper(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys, positions: int, n_keys: int, kernels: Any
+) -> str | None:
+    """Why ``prefill_hopper`` does not take the call, or None."""
+    if kernels.prefill_hopper is None:
+        return "this Triton's Gluon is not the one that it is written in (3.6 or 3.7)"
+    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] != 9:
+        return "it is for GPUs of compute capability 9"
+    if not _plain(q, k, v, keys, positions, n_keys, kernels) or padded(v.shape[3]) > padded(q.shape[3]):
+        return "it takes 16-bit dense K and V as the copy engine reads them, without a mask, and values no deeper than keys"
+    return None
 
 
 def _described(t: torch.Tensor, block: int) -> list[Any]:

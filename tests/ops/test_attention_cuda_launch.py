@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,7 +69,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     made: list[tuple[Any, ...]] = []
     kernels = SimpleNamespace(
         **{name: Kernel(name, made) for name in ("tiles", "decode", "prefill", "spans", "plain")},
+        prefill_hopper=Kernel("prefill_hopper", made),
         descriptor=lambda t, *how: (t.data_ptr(), *how),
+        descriptor_hopper=lambda t, *how: (t.data_ptr(), *how, "swizzled"),
         block=64,
         least=256,
         most=16,
@@ -192,6 +197,38 @@ def test_rows_of_a_tile_have_splits_of_one_length(calls: list[tuple[Any, ...]]) 
         assert plan(*tensors, Keys(None, True, start), 1.0, None, False).kernel == kernel, start
     assert plan(*inputs(queries=400, keys=4500), Keys(), 1.0, None, False).kernel == "prefill"
     assert plan(*inputs(queries=400, keys=300), Keys(None, True, -100), 1.0, None, False).kernel == "tiles"
+
+
+def test_a_path_that_is_asked_for(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``prefill_hopper`` takes what ``prefill`` takes, in tiles of 128 rows; what it does not take is refused with the reason."""
+    named = functools.partial(plan, scale=1.0, stride=None, want_lse=False, path="prefill_hopper")
+    tensors = inputs(queries=1000, depth=96)
+    launch = named(*tensors, Keys(None, True))
+    launch.start(*tensors, Keys(None, True))
+    name, grid, given, constants = calls[0]
+    assert (name, grid) == ("prefill_hopper", (-(-1000 // 32), 4)) and constants["BM"] == 128
+    assert given[3][-1] == given[4][-1] == "swizzled"
+    assert len(given) + len(launch.constants) - 2 == len(
+        prefill_parameters()
+    )  # enable_fp_fusion and num_warps are none
+    for refused, keys in (
+        (inputs(queries=300, depth=256), Keys(None, True)),
+        (inputs(queries=300), Keys(torch.ones(2, 8, 300, 1000, dtype=torch.bool))),
+        (tuple(t.float() for t in inputs(queries=300)), Keys(None, True)),
+        (inputs(queries=400, keys=4465, batch=1), Keys(None, True, 4065)),
+    ):
+        with pytest.raises(RefusedError, match="copy engine"):
+            named(*refused, keys)
+    monkeypatch.setattr(attention_cuda_launch.kernels_of_triton(), "prefill_hopper", None)
+    with pytest.raises(RefusedError, match="Gluon"):
+        named(*tensors, Keys(None, True))
+
+
+def prefill_parameters() -> list[str]:
+    """The parameters of the kernel as its source has them: Triton may not be installed here."""
+    source = Path(attention_cuda_launch.__file__).with_name("attention_prefill_hopper.py").read_text()
+    found = next(f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef) and f.name == "prefill_hopper")
+    return [a.arg for a in found.args.args]
 
 
 def test_few_rows_of_a_long_sequence_are_split(calls: list[tuple[Any, ...]]) -> None:
