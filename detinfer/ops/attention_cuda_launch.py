@@ -21,6 +21,10 @@ LOG2E = math.log2(math.e)
 _SCANNED = 16384  # a mask up to here is read by the decode kernel itself
 _HOPPER_ROWS = 128  # of a tile: 64 for each of two groups of warps
 _FEW_ROWS = 16  # the least rows of a tile on the matrix unit
+
+FILLED: float | None = None
+"""Programs of decode on a multiprocessor that are enough: a launch that has more lets each take several splits of its
+row. None: each takes one, which is what was measured."""
 Span = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -90,6 +94,36 @@ class Shape:
     stages: int
 
 
+@dataclass(frozen=True)
+class Deal:
+    """How decode's splits are dealt to programs: ``each`` to one, its warps, stages of its pipeline. 0: by the rule.
+
+    Bits do not depend on it. More than one ``each`` is machine code of its own, the same for any number.
+    """
+
+    each: int = 0
+    warps: int = 0
+    stages: int = 0
+
+
+BY_RULE = Deal()
+
+
+def _each(programs: int, splits: int, multiprocessors: int) -> int:
+    """Splits that a program takes where ``programs`` rows have so many each: doubled while enough programs are left."""
+    each = 1
+    while FILLED is not None and each < splits:
+        if programs * -(-splits // (each * 2)) < FILLED * multiprocessors:
+            break
+        each *= 2
+    return min(each, splits)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _tile(depth: int, dtype: torch.dtype) -> Shape:
     if dtype is torch.float32:
         return Shape(16, 4, 1)
@@ -131,18 +165,20 @@ def run(
     stride: tuple[int, ...] | None,
     want_lse: bool,
     path: str | None = None,
+    deal: Deal = BY_RULE,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[B, H, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, Dv] (a paged cache: [pages, Hkv, page, D]) with contiguous rows.
 
     ``stride`` is the result's, contiguous unless given. ``path`` holds the call to ``tiles``, ``prefill``,
-    ``prefill_hopper`` or ``decode``; left out, ``prefill_hopper`` is never chosen: nobody has measured it yet.
+    ``prefill_hopper`` or ``decode``; left out, ``prefill_hopper`` is never chosen: nobody has measured it yet. ``deal``
+    holds decode to its numbers.
     """
     _check_devices(q, k, v, keys)
     q, k, v = (t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
     scale = 1.0 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
     if scale < 0:
         q, scale = -q, -scale
-    return plan(q, k, v, keys, scale, stride, want_lse, path).start(q, k, v, keys)
+    return plan(q, k, v, keys, scale, stride, want_lse, path, deal).start(q, k, v, keys)
 
 
 def plan(
@@ -154,6 +190,7 @@ def plan(
     stride: tuple[int, ...] | None,
     want_lse: bool,
     path: str | None = None,
+    deal: Deal = BY_RULE,
 ) -> Launch:
     """The launch for tensors of these shapes, strides and dtypes, at addresses that are multiples of 16."""
     depth, value_depth = q.shape[3], v.shape[3]
@@ -169,7 +206,7 @@ def plan(
     if math.prod(shape) and n_keys:
         if k.shape[1] > 1 and k.stride(1) == 0 and v.stride(1) == 0:
             k, v = k[:, :1], v[:, :1]  # one head, shown many times
-        _cut(launch, q, k, v, keys, torch.tensor(scale, dtype=torch.float32).item() * LOG2E, n_keys, path)
+        _cut(launch, q, k, v, keys, torch.tensor(scale, dtype=torch.float32).item() * LOG2E, n_keys, path, deal)
     return launch
 
 
@@ -278,6 +315,7 @@ def _cut(
     c: float,
     n_keys: int,
     path: str | None,
+    deal: Deal,
 ) -> None:
     """Choose the kernel of ``launch`` and how it is cut."""
     kernels = kernels_of_triton()
@@ -348,11 +386,17 @@ def _cut(
         launch.constants |= {"BM": rows, "num_warps": shape.warps, "num_stages": shape.stages}
         return
     programs, splits = batch * kv_heads * few, min(kernels.most, -(-n_keys // kernels.least))
-    launch.grid = (splits, programs)
-    launch.work = (programs, splits, group * positions, padded(value_depth))
+    multiprocessors = 1 if FILLED is None or deal.each else _multiprocessors(q.device)
+    each = min(deal.each, splits) or _each(programs, splits, multiprocessors)
+    # As a row of most splits has it: rows grow, and other machine code must not be made in the middle of a generation.
+    several = (deal.each or _each(programs, kernels.most, multiprocessors)) > 1
+    pieces = -(-splits // each)
+    launch.grid = (pieces, programs)
+    launch.work = (programs, pieces * each, group * positions, padded(value_depth))
+    launch.numbers = (*launch.numbers[:7], each, *launch.numbers[7:])
     launch.constants |= {
-        "BM": max(few_shape.rows, _power(group * positions)), "POSITIONS": positions, "SCAN": scan,
-        "num_warps": few_shape.warps, "num_stages": few_shape.stages,
+        "BM": max(few_shape.rows, _power(group * positions)), "POSITIONS": positions, "SCAN": scan, "SEVERAL": several,
+        "num_warps": deal.warps or few_shape.warps, "num_stages": deal.stages or few_shape.stages,
     }  # fmt: skip
 
 

@@ -8,8 +8,9 @@ import torch
 
 from detinfer.bits import first_mismatch
 from detinfer.errors import Diverged
+from detinfer.ops import attention_cuda_launch as launches
 from detinfer.ops.attention_cuda import attention, paged_attention, reference, scaled_dot_product_attention
-from detinfer.ops.attention_cuda_launch import Keys, run
+from detinfer.ops.attention_cuda_launch import BY_RULE, Deal, Keys, run
 from detinfer.ops.evidence import Evidence
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -84,9 +85,9 @@ def check_close(
         raise Diverged(f"attention on a GPU, {where}: {worst:.1f} times the error that rounding allows: report it")
 
 
-def by_path(inputs: Inputs, keys: Keys, path: str) -> torch.Tensor:
-    """A call held to one kernel."""
-    return run(*inputs, keys, None, None, False, path)[0]
+def by_path(inputs: Inputs, keys: Keys, path: str, deal: Deal = BY_RULE) -> torch.Tensor:
+    """A call held to one kernel, and decode to a number of splits for a program."""
+    return run(*inputs, keys, None, None, False, path, deal)[0]
 
 
 def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
@@ -118,6 +119,9 @@ def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
         row = (query[:, :, at : at + 1], key[:, :, : at + 1], value[:, :, : at + 1])
         for path in ("decode", "tiles"):
             expect(by_path(row, Keys(), path), expected[:, :, at : at + 1], f"one row on {at + 1} keys by {path}")
+        for each in () if launches.FILLED is None else (2, 3):
+            got = by_path(row, Keys(), "decode", Deal(each))
+            expect(got, expected[:, :, at : at + 1], f"one row on {at + 1} keys, {each} splits a program")
 
     padded = [torch.full((2, t.shape[1], 960, 64), math.nan, dtype=dtype, device="cuda") for t in (key, value)]
     seen = torch.zeros(2, 1, 1, 960, dtype=torch.bool, device="cuda")

@@ -22,12 +22,15 @@ from detinfer.errors import Diverged, RefusedError
 from detinfer.ops import attention_cuda_launch as launches
 from detinfer.ops.attention import NAME
 from detinfer.ops.attention_cuda import reference
-from detinfer.ops.attention_cuda_launch import Keys, Launch, plan
+from detinfer.ops.attention_cuda_launch import Deal, Keys, Launch, plan
 from detinfer.ops.attention_cuda_proof import check_close
 from detinfer.torch_alone import torch_alone
 
 LENGTHS = (700, 4627)
 """Keys of the proof's inputs: in splits of 256, and in longer ones."""
+
+COUNTS = (2, 3, 16)
+"""Splits of a program, where it takes several: the inputs' rows have 3 and 10, so that a last program has fewer or all."""
 
 _PERIOD = 194
 """Keys in which the large values of the proof's inputs cancel."""
@@ -79,26 +82,37 @@ def _prove(
     """How many results were compared on ``length`` keys; ``shown`` gets the wrong orders that these inputs show."""
     case = _inputs(launch, q, k, v, keys, length)
     where = f"{_where(launch, q)}, {length} keys"
-    again = plan(*case.given, case.keys, q.shape[3] ** -0.5, case.stride, launch.want_lse, launch.kernel)
-    again.checked = True
-    got = again.start(*case.given, case.keys)[0].cpu()
-    if again.code != code:
-        raise RefusedError(
-            f"{where}: the proof's inputs get other machine code than the call, so it was not proved: report it with the "
-            f"call's shapes and strides: query {list(q.shape)} {q.stride()}, key {list(k.shape)} {k.stride()}"
-        )
+    results = []
+    for deal in _deals(launch):
+        again = plan(*case.given, case.keys, q.shape[3] ** -0.5, case.stride, launch.want_lse, launch.kernel, deal)
+        again.checked = True
+        results.append(again.start(*case.given, case.keys)[0].cpu())
+        if again.code != code:
+            raise RefusedError(
+                f"{where}: the proof's inputs get other machine code than the call, so it was not proved: report it with "
+                f"the call's shapes and strides: query {list(q.shape)} {q.stride()}, key {list(k.shape)} {k.stride()}"
+            )
     ordered = functools.partial(reference, *case.plain, case.added, first=case.first, sinks=case.keys.sinks)
     want = ordered()
     if length == min(LENGTHS):
         check_close(want, case.plain, case.added, where, case.keys.sinks)
     want = want.cpu()
     shown |= {name for name, wrong in _WRONG.items() if first_mismatch(ordered(**wrong).cpu(), want) is not None}
-    if (found := first_mismatch(got, want)) is not None:
-        raise Diverged(
-            f"{where}: {found}: the machine code that Triton and ptxas made here does not keep the order, or is wrong. Do not "
-            "use it: report it with the versions of Triton and of the driver"
-        )
-    return got.numel()
+    for got in results:
+        if (found := first_mismatch(got, want)) is not None:
+            raise Diverged(
+                f"{where}: {found}: the machine code that Triton and ptxas made here does not keep the order, or is wrong. "
+                "Do not use it: report it with the versions of Triton and of the driver"
+            )
+    return want.numel() * len(results)
+
+
+def _deals(launch: Launch) -> tuple[Deal, ...]:
+    """What holds a launch to the machine code of ``launch``: where a program takes several splits, each of some counts."""
+    if launch.kernel != "decode":
+        return (launches.BY_RULE,)
+    shape = launch.constants["num_warps"], launch.constants["num_stages"]
+    return tuple(Deal(each, *shape) for each in (COUNTS if launch.constants["SEVERAL"] else (1,)))
 
 
 def _where(launch: Launch, q: torch.Tensor) -> str:

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: RET505, SIM108 -- a branch on a constant is an if statement in Triton
+# ruff: noqa: RET505, SIM102, SIM108 -- a branch on a constant is an if statement in Triton
 """Triton kernels of attention on GPUs: one order of keys, whatever the launch. docs/ops/attention.md has it in words.
 
 ``tiles`` computes many query rows, each program walking all keys of its rows; ``decode`` gives every split of few rows
@@ -32,6 +32,7 @@ _FREE = (
     "LK",
     "shift",
     "window",
+    "each",
     "table_b",
     "span_b",
     "span_h",
@@ -116,13 +117,34 @@ def _offsets(n, n0, limit, stride, page_stride, table, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _leave(space, s, m, z, acc, DVP: tl.constexpr, WIDE: tl.constexpr):
+    """Store what split ``s`` found where ``_part`` reads it, WIDE columns at a time."""
+    tops, totals, outs, first, r, valid, rows = space
+    at = (first + s) * rows + r
+    tl.store(tops + at, m, mask=valid)
+    tl.store(totals + at, z, mask=valid)
+    _leave_columns(outs + at * DVP, acc, valid, DVP, WIDE)
+
+
+@triton.jit
+def _leave_columns(at, acc, valid, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    if WIDTH > WIDE:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH // 2)), (0, 2, 1)))
+        _leave_columns(at, left, valid, WIDTH // 2, WIDE)
+        _leave_columns(at + WIDTH // 2, right, valid, WIDTH // 2, WIDE)
+    else:
+        tl.store(at[:, None] + tl.arange(0, WIDTH)[None, :], acc, mask=valid[:, None])
+
+
+@triton.jit
 def _walk(
     q, K, V, table, k_key, v_key, k_page, v_page, lo, hi, limit, origin, length, low, end, bias, bias_key, c,
     m, z, acc, top, total, out,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr, MASK: tl.constexpr,
-    MASKED: tl.constexpr, MERGE: tl.constexpr, ALIKE: tl.constexpr,
+    MASKED: tl.constexpr, MERGE: tl.constexpr, ALIKE: tl.constexpr, LEAVE: tl.constexpr = False, since=0, space=None,
 ):  # fmt: skip
-    """The blocks of keys from ``lo`` to ``hi``, ascending; with MERGE splits that end on the way are merged.
+    """The blocks of keys from ``lo`` to ``hi``, ascending; splits that end on the way are merged with MERGE, left in
+    ``space`` with LEAVE, where the first block of all is ``since``.
 
     ``low`` and ``end`` say what each row sees; without MASKED every row sees every key. ``limit``: no key from there.
     ALIKE: rows that see a key at all see the same ones.
@@ -131,6 +153,13 @@ def _walk(
     od = tl.arange(0, DP)
     ov = tl.arange(0, DVP)
     for n0 in range(lo, hi, BLOCK):
+        if LEAVE:
+            # In one loop, so that the loads of the next split's keys are under way while this one is left.
+            if (((n0 - origin) & (length - 1)) == 0) & (n0 > since):
+                _leave(space, (n0 - origin) // length - 1, m, z, acc, DVP, 64)
+                m = tl.full(m.shape, float("-inf"), tl.float32)
+                z = tl.zeros_like(z)
+                acc = tl.zeros_like(acc)
         n = n0 + on
         k_at = _offsets(n, n0, limit, k_key, k_page, table, PAGE)
         v_at = _offsets(n, n0, limit, v_key, v_page, table, PAGE)
@@ -337,32 +366,40 @@ def tiles(
 
 
 @triton.jit
-def _part(TOPS, TOTALS, OUTS, space, s, count, r, ov, valid, ROWS: tl.constexpr, DVP: tl.constexpr):
+def _part(space, s, count, DVP: tl.constexpr):
     """What split ``s`` left; nothing where there is none, and nothing merged changes nothing."""
-    at = (space + s) * ROWS + r
+    tops, totals, outs, first, r, valid, rows = space
+    at = (first + s) * rows + r
+    ov = tl.arange(0, DVP)
     there = valid & (s < count)
-    m = tl.load(TOPS + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-    z = tl.load(TOTALS + at, mask=there, other=0.0, cache_modifier=".cg")
-    acc = tl.load(OUTS + at[:, None] * DVP + ov[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg")
+    m = tl.load(tops + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+    z = tl.load(totals + at, mask=there, other=0.0, cache_modifier=".cg")
+    acc = tl.load(outs + at[:, None] * DVP + ov[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg")
     return m, z, acc
 
 
 @triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_LOOSE)
 def decode(
     Q, K, V, OUT, LSE, SINKS, TABLE, LENGTHS, STARTS, FIRST, END, HOLES, BIAS, TOPS, TOTALS, OUTS, ARRIVED,
-    HK, H, LQ, LK, shift, window, c,
+    HK, H, LQ, LK, shift, window, c, each,
     q_b, q_h, q_i, k_b, k_h, k_n, k_page, v_b, v_h, v_n, v_page, o_b, o_h, o_i,
     table_b, span_b, span_h, span_i, bias_b, bias_h, bias_i, bias_n,
     G: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BM: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr,
     MASK: tl.constexpr, STARTED: tl.constexpr, COUNTED: tl.constexpr, SINK: tl.constexpr, WANT_LSE: tl.constexpr,
-    POSITIONS: tl.constexpr, SCAN: tl.constexpr,
+    POSITIONS: tl.constexpr, SCAN: tl.constexpr, SEVERAL: tl.constexpr,
 ):  # fmt: skip
     """One split of POSITIONS x G rows that see the same keys; the last program of these rows to arrive merges.
 
-    The rows' keys are those of the first of them. With SCAN they are found here, from the mask.
+    The rows' keys are those of the first of them. With SCAN they are found here, from the mask. With SEVERAL a program
+    takes ``each`` splits that follow each other, and leaves each by itself: merged among themselves first, they would
+    give other bits.
     """
     piece = tl.program_id(0)
+    pieces = tl.num_programs(0)
+    if SEVERAL:
+        piece *= each
+        pieces *= each
     row = tl.program_id(1)
     steps = (LQ + POSITIONS - 1) // POSITIONS
     i0 = row % steps * POSITIONS
@@ -432,7 +469,7 @@ def decode(
     if SINK:
         sink = tl.load(SINKS + h, mask=valid, other=0.0).to(tl.float32) * _LOG2E
     if end <= low:
-        if piece == 0:
+        if tl.program_id(0) == 0:
             tl.store(o_ptr, tl.zeros((BM, DVP), OUT.dtype.element_ty), mask=o_in)
             if WANT_LSE:
                 nothing = tl.full((BM,), float("-inf"), tl.float32)
@@ -441,7 +478,11 @@ def decode(
         split = _split_length(end - origin)
         begin = (low - origin) // split
         count_all = (end - origin + split - 1) // split
-        if (piece >= begin) & (piece < count_all):
+        past = piece + 1
+        if SEVERAL:
+            past = tl.minimum(piece + each, count_all)
+            piece = tl.maximum(piece, begin)
+        if (piece >= begin) & (piece < count_all) & (piece < past):
             od = tl.arange(0, DP)
             q_at = batch * q_b + h.to(tl.int64) * q_h + i.to(tl.int64) * q_i
             q = tl.load(Q + q_at[:, None] + od[None, :], mask=valid[:, None] & (od < D)[None, :], other=0.0)
@@ -450,30 +491,32 @@ def decode(
             else:
                 bias = q_at[:, None]
             start = origin + piece * split
-            hi = tl.minimum(start + split, end)
+            hi = tl.minimum(origin + past * split, end)
             lo = tl.maximum(start, origin + (low - origin) // BLOCK * BLOCK)
             row_low = tl.zeros((BM,), tl.int32) + low
             row_end = tl.where(valid, end, 0)
             m = tl.full((BM,), float("-inf"), tl.float32)
             z = tl.zeros((BM,), tl.float32)
             acc = tl.zeros((BM, DVP), tl.float32)
+            first = row.to(tl.int64) * pieces
+            space = (TOPS, TOTALS, OUTS, first, r, valid, POSITIONS * G)
             full_lo = lo
             if WINDOW:
                 full_lo = tl.minimum(tl.maximum(lo, origin + (low - origin + BLOCK - 1) // BLOCK * BLOCK), hi)
                 m, z, acc, _t, _s, _o = _walk(
                     q, K, V, TABLE, k_n, v_n, k_page, v_page, lo, full_lo, hi, origin, split, row_low, row_end, bias,
-                    bias_n, c, m, z, acc, m, z, acc, D, DV, DP, DVP, PAGE, MASK, True, False, True,
+                    bias_n, c, m, z, acc, m, z, acc, D, DV, DP, DVP, PAGE, MASK, True, False, True, SEVERAL, lo, space,
                 )  # fmt: skip
             full_hi = tl.maximum(full_lo, origin + (hi - origin) // BLOCK * BLOCK)
             if MASK > 0:
                 full_hi = tl.where(holes, full_lo, full_hi)
             m, z, acc, _t, _s, _o = _walk(
                 q, K, V, TABLE, k_n, v_n, k_page, v_page, full_lo, full_hi, hi, origin, split, row_low, row_end, bias,
-                bias_n, c, m, z, acc, m, z, acc, D, DV, DP, DVP, PAGE, MASK, False, False, True,
+                bias_n, c, m, z, acc, m, z, acc, D, DV, DP, DVP, PAGE, MASK, False, False, True, SEVERAL, lo, space,
             )  # fmt: skip
             m, z, acc, _t, _s, _o = _walk(
                 q, K, V, TABLE, k_n, v_n, k_page, v_page, full_hi, hi, hi, origin, split, row_low, row_end, bias,
-                bias_n, c, m, z, acc, m, z, acc, D, DV, DP, DVP, PAGE, MASK, True, False, True,
+                bias_n, c, m, z, acc, m, z, acc, D, DV, DP, DVP, PAGE, MASK, True, False, True, SEVERAL, lo, space,
             )  # fmt: skip
             top = tl.full((BM,), float("-inf"), tl.float32)
             total = tl.zeros((BM,), tl.float32)
@@ -485,28 +528,16 @@ def decode(
                 if WANT_LSE:
                     tl.store(lse_ptr, lse, mask=valid)
             else:
-                space = row.to(tl.int64) * tl.num_programs(0)
-                at = (space + piece) * (POSITIONS * G) + r
-                tl.store(TOPS + at, m, mask=valid)
-                tl.store(TOTALS + at, z, mask=valid)
-                tl.store(OUTS + at[:, None] * DVP + ov[None, :], acc, mask=valid[:, None])
+                _leave(space, past - 1, m, z, acc, DVP, DVP)
                 tl.debug_barrier()
-                before = tl.atomic_add(ARRIVED + row, 1, sem="acq_rel")
-                if before == count_all - begin - 1:
-                    for first in range(begin, count_all, 4):
+                before = tl.atomic_add(ARRIVED + row, past - piece, sem="acq_rel")
+                if before + past - piece == count_all - begin:
+                    for s in range(begin, count_all, 4):
                         # Four at a time, so that their loads are under way together.
-                        m0, z0, acc0 = _part(
-                            TOPS, TOTALS, OUTS, space, first, count_all, r, ov, valid, POSITIONS * G, DVP
-                        )
-                        m1, z1, acc1 = _part(
-                            TOPS, TOTALS, OUTS, space, first + 1, count_all, r, ov, valid, POSITIONS * G, DVP
-                        )
-                        m2, z2, acc2 = _part(
-                            TOPS, TOTALS, OUTS, space, first + 2, count_all, r, ov, valid, POSITIONS * G, DVP
-                        )
-                        m3, z3, acc3 = _part(
-                            TOPS, TOTALS, OUTS, space, first + 3, count_all, r, ov, valid, POSITIONS * G, DVP
-                        )
+                        m0, z0, acc0 = _part(space, s, count_all, DVP)
+                        m1, z1, acc1 = _part(space, s + 1, count_all, DVP)
+                        m2, z2, acc2 = _part(space, s + 2, count_all, DVP)
+                        m3, z3, acc3 = _part(space, s + 3, count_all, DVP)
                         top, total, out = _merge(top, total, out, m0, z0, acc0)
                         top, total, out = _merge(top, total, out, m1, z1, acc1)
                         top, total, out = _merge(top, total, out, m2, z2, acc2)

@@ -16,7 +16,7 @@ import torch
 from detinfer.errors import Diverged, RefusedError, UsageError
 from detinfer.ops import attention_cuda, attention_cuda_launch, attention_cuda_variants
 from detinfer.ops.attention_cuda import attention, paged_attention, scaled_dot_product_attention
-from detinfer.ops.attention_cuda_launch import Keys, plan
+from detinfer.ops.attention_cuda_launch import Deal, Keys, plan
 
 
 def shown(arguments: tuple[Any, ...]) -> list[Any]:
@@ -30,7 +30,7 @@ class Kernel:
         self.name, self.calls = name, calls
         # In an order of their own, as the kernels' parameters have one.
         self.arg_names = sorted(["Q", "K", "V", "G", "SHARE", "D", "DV", "DP", "DVP", "CAUSAL", "WANT_LSE", "BM", "PAGE",
-                                 "WINDOW", "SPANS", "MASK", "STARTED", "COUNTED", "SINK", "POSITIONS", "SCAN"])  # fmt: skip
+                                 "WINDOW", "SPANS", "MASK", "STARTED", "COUNTED", "SINK", "POSITIONS", "SCAN", "SEVERAL"])  # fmt: skip
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **constants: Any) -> Any:
@@ -236,6 +236,29 @@ def test_few_rows_of_a_long_sequence_are_split(calls: list[tuple[Any, ...]]) -> 
     assert (launch.kernel, launch.grid) == ("decode", (16, 6))
     launch = plan(*inputs(heads=2, queries=4, keys=9000), Keys(BOOL[..., :1].expand(2, 2, 4, 9000)), 1.0, None, False)
     assert (launch.kernel, launch.constants["POSITIONS"], launch.grid) == ("decode", 4, (16, 4))
+
+
+def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, unless told otherwise; by the rule as many as leave the chip filled; and one kernel for rows that grow."""
+
+    def dealt(keys: int, batch: int = 8, deal: Deal = attention_cuda_launch.BY_RULE) -> tuple[Any, ...]:
+        launch = plan(*inputs(heads=8, kv_heads=8, keys=keys, batch=batch), Keys(), 1.0, None, False, None, deal)
+        assert launch.kernel == "decode" and launch.work[1] == launch.grid[0] * launch.numbers[7]
+        return launch.grid, launch.numbers[7], launch.constants["SEVERAL"]
+
+    for keys, splits in ((200, 1), (1000, 4), (4096, 16), (9000, 16)):
+        assert dealt(keys) == ((splits, 64), 1, False)
+        assert dealt(keys, deal=Deal(4)) == ((-(-splits // 4), 64), min(4, splits), True)
+    shape = plan(*inputs(), Keys(), 1.0, None, False, None, Deal(2, 8, 5)).constants
+    assert (shape["num_warps"], shape["num_stages"]) == (8, 5)
+    monkeypatch.setattr(attention_cuda_launch, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(attention_cuda_launch, "FILLED", 1.9)
+    # 64 rows: 256 programs are left of 16 splits each, and 128 would be too few; short rows have none to give.
+    assert [dealt(keys) for keys in (200, 1000, 1100, 2048, 4096, 9000)] == [
+        ((1, 64), 1, True), ((4, 64), 1, True), ((5, 64), 1, True), ((4, 64), 2, True), ((4, 64), 4, True), ((4, 64), 4, True),
+    ]  # fmt: skip
+    assert dealt(4096, batch=64) == ((1, 512), 16, True) and dealt(1000, batch=64) == ((1, 512), 4, True)
+    assert dealt(9000, batch=1) == ((16, 8), 1, False)
 
 
 def test_refusals_and_functions_of_their_own(calls: list[tuple[Any, ...]]) -> None:

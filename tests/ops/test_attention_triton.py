@@ -36,7 +36,7 @@ COMMON: dict[str, Any] = {
     "SPANS": False, "MASK": 0, "STARTED": False, "COUNTED": False, "SINK": False, "WANT_LSE": False,
 }  # fmt: skip
 TILES = {**COMMON, "BM": 64}
-FEW = {**COMMON, "BM": 16, "POSITIONS": 1, "SCAN": False}
+FEW = {**COMMON, "BM": 16, "POSITIONS": 1, "SCAN": False, "SEVERAL": False}
 PREFILL = {
     "G": 4, "SHARE": 1, "D": 64, "DV": 64, "DP": 64, "DVP": 64, "BM": 64, "CAUSAL": True, "WANT_LSE": False,
 }  # fmt: skip
@@ -50,6 +50,10 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "decode, pages, a window, sinks": (
         attention_triton.decode,
         {**FEW, "PAGE": 16, "COUNTED": True, "WINDOW": True, "SINK": True},
+    ),
+    "decode, several splits to a program": (
+        attention_triton.decode,
+        {**FEW, "D": 128, "DV": 128, "DP": 128, "DVP": 128, "SEVERAL": True},
     ),
     "prefill": (attention_prefill_triton.prefill, PREFILL),
     "plain": (
