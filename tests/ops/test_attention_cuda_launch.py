@@ -251,6 +251,11 @@ def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypat
         assert dealt(keys, deal=Deal(4)) == ((-(-splits // 4), 64), min(4, splits), True)
     shape = plan(*inputs(), Keys(), 1.0, None, False, None, Deal(2, 8, 5)).constants
     assert (shape["num_warps"], shape["num_stages"]) == (8, 5)
+    for deal, counts in ((Deal(4, 2, 2), attention_cuda_variants.COUNTS), (Deal(1, 2, 2), (1,))):
+        launch = plan(*inputs(), Keys(), 1.0, None, False, None, deal)
+        proved = [plan(*inputs(), Keys(), 1.0, None, False, None, d) for d in attention_cuda_variants._deals(launch)]
+        assert [made.numbers[7] for made in proved] == [min(count, 4) for count in counts]
+        assert all(made.constants == launch.constants for made in proved), "the proof is of other machine code"
     monkeypatch.setattr(attention_cuda_launch, "_multiprocessors", lambda _: 132)
     monkeypatch.setattr(attention_cuda_launch, "FILLED", 1.9)
     # 64 rows: 256 programs are left of 16 splits each, and 128 would be too few; short rows have none to give.

@@ -16,7 +16,8 @@ import torch
 from detinfer.bits import as_bytes
 from detinfer.ops import attention_cuda_launch as launches
 from detinfer.ops import attention_cuda_variants as variants
-from detinfer.ops.attention_cuda import reference, scaled_dot_product_attention
+from detinfer.ops.attention import NAME
+from detinfer.ops.attention_cuda import prove, reference, scaled_dot_product_attention
 from detinfer.ops.attention_cuda_launch import Deal, Keys
 from detinfer.ops.attention_cuda_proof import by_path, causal_mask, stress
 
@@ -39,7 +40,7 @@ def test_interpreted_on_the_cpu() -> None:
         [sys.executable, "-W", "ignore", program], env=here, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    cases: dict[str, dict[str, Any]] = json.loads(ran.stdout.splitlines()[-1])
+    cases: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     assert len(cases) == 21
     for name, case in cases.items():
         assert not case["other bytes"], f"{name}: other bytes with {case['other bytes']} splits to a program"
@@ -124,3 +125,6 @@ def test_the_rule_and_its_proof(monkeypatch: pytest.MonkeyPatch) -> None:
         again = sdpa(query, key[:, :, :keys], value[:, :, :keys], enable_gqa=True)
         assert as_bytes(again.cpu()) == as_bytes(reference(query, key[:, :, :keys], value[:, :, :keys]).cpu())
     assert len(proved) == 1, "a row that grows meets other machine code"
+    more = prove(NAME, torch.bfloat16)[0]
+    monkeypatch.setattr(launches, "FILLED", None)
+    assert more == prove(NAME, torch.bfloat16)[0] + 10 * 2 * (2 * 4 * 64), "ten rows by two deals"
