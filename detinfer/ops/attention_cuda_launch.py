@@ -25,6 +25,8 @@ _FEW_ROWS = 16  # the least rows of a tile on the matrix unit
 FILLED: float | None = None
 """Programs of decode on a multiprocessor that are enough: a launch that has more lets each take several splits of its
 row. None: each takes one, which is what was measured."""
+LONGEST = 1024
+"""Keys up to which they do: on more, a program's start and end are little, and the last to start would run alone."""
 Span = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -109,11 +111,11 @@ class Deal:
 BY_RULE = Deal()
 
 
-def _each(programs: int, splits: int, multiprocessors: int) -> int:
-    """Splits that a program takes where ``programs`` rows have so many each: doubled while enough programs are left."""
+def _each(rows: int, splits: int, length: int, multiprocessors: int) -> int:
+    """Splits that a program takes where ``rows`` rows have ``splits`` of ``length`` keys each: doubled while it may be."""
     each = 1
-    while FILLED is not None and each < splits:
-        if programs * -(-splits // (each * 2)) < FILLED * multiprocessors:
+    while FILLED is not None and each < splits and 2 * each * length <= LONGEST:
+        if rows * -(-splits // (2 * each)) < FILLED * multiprocessors:
             break
         each *= 2
     return min(each, splits)
@@ -387,9 +389,11 @@ def _cut(
         return
     programs, splits = batch * kv_heads * few, min(kernels.most, -(-n_keys // kernels.least))
     multiprocessors = 1 if FILLED is None or deal.each else _multiprocessors(q.device)
-    each = min(deal.each, splits) or _each(programs, splits, multiprocessors)
-    # As a row of most splits has it: rows grow, and other machine code must not be made in the middle of a generation.
-    several = (deal.each or _each(programs, kernels.most, multiprocessors)) > 1
+    length = max(kernels.least, _power(-(-n_keys // kernels.most)))
+    each = min(deal.each, splits) or _each(programs, splits, length, multiprocessors)
+    # As a row of the most and shortest splits has it, whatever this one's: rows grow, and other machine code must not be
+    # made in the middle of a generation.
+    several = (deal.each or _each(programs, kernels.most, kernels.least, multiprocessors)) > 1
     pieces = -(-splits // each)
     launch.grid = (pieces, programs)
     launch.work = (programs, pieces * each, group * positions, padded(value_depth))

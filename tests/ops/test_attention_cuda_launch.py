@@ -258,12 +258,14 @@ def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypat
         assert all(made.constants == launch.constants for made in proved), "the proof is of other machine code"
     monkeypatch.setattr(attention_cuda_launch, "_multiprocessors", lambda _: 132)
     monkeypatch.setattr(attention_cuda_launch, "FILLED", 1.9)
-    # 64 rows: 256 programs are left of 16 splits each, and 128 would be too few; short rows have none to give.
-    assert [dealt(keys) for keys in (200, 1000, 1100, 2048, 4096, 9000)] == [
-        ((1, 64), 1, True), ((4, 64), 1, True), ((5, 64), 1, True), ((4, 64), 2, True), ((4, 64), 4, True), ((4, 64), 4, True),
+    # 64 rows: 256 programs are left of 16 splits each, and 128 would be too few; short rows have none to give, and long
+    # ones have splits of 512 and of 1024 keys.
+    assert [dealt(keys) for keys in (200, 1000, 1100, 2048, 4096, 4097, 9000)] == [
+        ((1, 64), 1, True), ((4, 64), 1, True), ((5, 64), 1, True), ((4, 64), 2, True), ((4, 64), 4, True),
+        ((8, 64), 2, True), ((16, 64), 1, True),
     ]  # fmt: skip
-    assert dealt(4096, batch=64) == ((1, 512), 16, True) and dealt(1000, batch=64) == ((1, 512), 4, True)
-    assert dealt(9000, batch=1) == ((16, 8), 1, False)
+    assert dealt(4096, batch=64) == ((4, 512), 4, True) and dealt(1000, batch=64) == ((1, 512), 4, True)
+    assert dealt(4096, batch=1) == ((16, 8), 1, False)
 
 
 def test_refusals_and_functions_of_their_own(calls: list[tuple[Any, ...]]) -> None:
