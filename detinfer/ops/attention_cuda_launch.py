@@ -111,12 +111,11 @@ class Deal:
 BY_RULE = Deal()
 
 
-def _each(rows: int, splits: int, length: int, multiprocessors: int) -> int:
-    """Splits that a program takes where ``rows`` rows have ``splits`` of ``length`` keys each: doubled while it may be."""
+def _each(rows: int, splits: int, length: int, enough: float) -> int:
+    """Splits that a program takes where ``rows`` rows have ``splits`` of ``length`` keys each: doubled while they are no
+    more than LONGEST keys and ``enough`` programs are left."""
     each = 1
-    while FILLED is not None and each < splits and 2 * each * length <= LONGEST:
-        if rows * -(-splits // (2 * each)) < FILLED * multiprocessors:
-            break
+    while each < splits and 2 * each * length <= LONGEST and rows * -(-splits // (2 * each)) >= enough:
         each *= 2
     return min(each, splits)
 
@@ -388,12 +387,16 @@ def _cut(
         launch.constants |= {"BM": rows, "num_warps": shape.warps, "num_stages": shape.stages}
         return
     programs, splits = batch * kv_heads * few, min(kernels.most, -(-n_keys // kernels.least))
-    multiprocessors = 1 if FILLED is None or deal.each else _multiprocessors(q.device)
     length = max(kernels.least, _power(-(-n_keys // kernels.most)))
-    each = min(deal.each, splits) or _each(programs, splits, length, multiprocessors)
-    # As a row of the most and shortest splits has it, whatever this one's: rows grow, and other machine code must not be
-    # made in the middle of a generation.
-    several = (deal.each or _each(programs, kernels.most, kernels.least, multiprocessors)) > 1
+    each, several = min(deal.each, splits), deal.each > 1
+    if not deal.each:
+        each, several = 1, False
+        if FILLED is not None and q.dtype is not torch.float32:  # whose products leave no register for more
+            enough = FILLED * _multiprocessors(q.device)
+            each = _each(programs, splits, length, enough)
+            # As a row of the most and shortest splits has it, whatever this one's: rows grow, and other machine code must
+            # not be made in the middle of a generation.
+            several = _each(programs, kernels.most, kernels.least, enough) > 1
     pieces = -(-splits // each)
     launch.grid = (pieces, programs)
     launch.work = (programs, pieces * each, group * positions, padded(value_depth))

@@ -266,6 +266,8 @@ def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypat
     ]  # fmt: skip
     assert dealt(4096, batch=64) == ((4, 512), 4, True) and dealt(1000, batch=64) == ((1, 512), 4, True)
     assert dealt(4096, batch=1) == ((16, 8), 1, False)
+    float32 = [t.float() for t in inputs(heads=8, kv_heads=8, keys=4096, batch=64)]
+    assert not plan(float32[0], float32[1], float32[2], Keys(), 1.0, None, False).constants["SEVERAL"]
 
 
 def test_refusals_and_functions_of_their_own(calls: list[tuple[Any, ...]]) -> None:
