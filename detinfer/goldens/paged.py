@@ -18,6 +18,7 @@ import torch
 
 from detinfer.errors import InfrastructureError, RefusedError
 from detinfer.goldens.schedules import Model, Part, Rows
+from detinfer.models.tensor_parallel import GATHERED, styles
 
 MOST = 6
 """Requests in one run."""
@@ -35,6 +36,9 @@ def needs(model: Model) -> str | None:
         return f"its attention is {attention}, and a paged cache is read through sdpa"
     if getattr(model.module.config, "kv_lora_rank", None):
         return "transformers' pages have one width, and its keys and values have two"
+    kinds = styles(model.module) if model.ranked else {}
+    if any(style in GATHERED and name.endswith(("k_proj", "v_proj")) for name, style in kinds.items()):
+        return "its plan gathers keys and values on every rank, and transformers' pages have room for a rank's share"
     return None
 
 

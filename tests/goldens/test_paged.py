@@ -89,3 +89,15 @@ def test_rows_of_a_packed_batch() -> None:
     assert paged.rows_of(seen, tokens, [0, 1]) == [(0, 0, 3), (1, 1, 4), (3, 0, 4), (4, 1, 2)]
     other = paged.Seen([9], [3], [0, 1], [0])
     assert paged.rows_of(other, tokens, [0, 1]) == []
+
+
+@pytest.mark.parametrize(("name", "why"), [("olmoe", "gathers keys and values"), ("qwen3", None)])
+def test_plans_whose_keys_fit_no_page(name: str, why: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over ranks a plan may give every rank all keys, and transformers' pages have room for a share: said before, not met."""
+    import zoo
+
+    model = Model(targets.finish(name, targets.Loaded("causal_lm", zoo.build(name, torch.float32))), [])
+    assert paged.needs(model) is None, "on one rank there is no share"
+    monkeypatch.setattr(Model, "ranked", True)
+    said = paged.needs(model)
+    assert said is None if why is None else said is not None and why in said
