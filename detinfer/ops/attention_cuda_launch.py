@@ -386,8 +386,10 @@ def _cut(
         launch.grid = (-(-queries // (rows // group)), batch * kv_heads)
         launch.constants |= {"BM": rows, "num_warps": shape.warps, "num_stages": shape.stages}
         return
-    programs, splits = batch * kv_heads * few, min(kernels.most, -(-n_keys // kernels.least))
-    length = max(kernels.least, _power(-(-n_keys // kernels.most)))
+    longest = kernels.least << 9  # where the kernels' _split_length ends: beyond it a row has more splits
+    programs = batch * kv_heads * few
+    splits = max(min(kernels.most, -(-n_keys // kernels.least)), -(-n_keys // longest))
+    length = min(max(kernels.least, _power(-(-n_keys // kernels.most))), longest)
     each, several = min(deal.each, splits), deal.each > 1
     if not deal.each:
         each, several = 1, False

@@ -236,6 +236,11 @@ def test_few_rows_of_a_long_sequence_are_split(calls: list[tuple[Any, ...]]) -> 
     assert (launch.kernel, launch.grid) == ("decode", (16, 6))
     launch = plan(*inputs(heads=2, queries=4, keys=9000), Keys(BOOL[..., :1].expand(2, 2, 4, 9000)), 1.0, None, False)
     assert (launch.kernel, launch.constants["POSITIONS"], launch.grid) == ("decode", 4, (16, 4))
+    for keys, splits in ((1 << 21, 16), ((1 << 21) + 1, 17), (3_000_000, 23)):
+        query, key, value = (
+            t.expand(1, 2, n, 64) for t, n in zip(inputs(2, 2, 1, 1, 64, 1), (1, keys, keys), strict=True)
+        )
+        assert plan(query, key, value, Keys(), 1.0, None, False).grid == (splits, 2), "a split is 131072 keys at most"
 
 
 def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
