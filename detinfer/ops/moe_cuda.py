@@ -26,6 +26,9 @@ TILE_ROWS = (16, 32, 64, 128)
 
 MOST_EXPERTS = MOST_CHOICES = 1024
 PATHS = {"reference": 0, "tile": 1}
+"""csrc's paths and their codes; beside them there is ``wide``, of moe_triton, which nothing chooses: it was never timed."""
+
+WIDE_ROWS, _WIDE_COLUMNS = (64, 128), 256
 
 _group = struct.Struct("@3Pq2i")  # GpuMoeGroup of csrc/moe_gpu.h, and so on
 _product = struct.Struct("@4i10q7P")
@@ -112,6 +115,9 @@ def product(
     tile_rows = _tile_rows(rows, 1) if groups is None else groups.tile_rows
     most = 0 if groups is None else groups.most_tiles
     chosen, order, tiles = (None, None, None) if groups is None else (groups.chosen, groups.order, groups.tiles)
+    if path == "wide":
+        wide(x, weight, bias, order, tiles, out, places, tile_rows if groups is not None else WIDE_ROWS[-1], most)
+        return out
     args = _product.pack(
         *(native.DTYPES[x.dtype], PATHS[path], tile_rows, unrounded, rows, places, n, k, most),
         *(x.stride(0), *weight.stride(), n, x.data_ptr(), weight.data_ptr(), _pointer(bias)),
@@ -119,6 +125,36 @@ def product(
     )
     _run("product", args, x.device)
     return out
+
+
+def wide(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    order: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    out: torch.Tensor,
+    places: int,
+    tile_rows: int,
+    most_tiles: int,
+) -> None:
+    """``product`` into ``out`` by moe_triton, from assignments as ``Groups`` sorts and cuts them."""
+    from detinfer.ops import moe_triton
+
+    if tile_rows not in WIDE_ROWS:
+        raise UsageError(f"experts: the wide path takes tiles of 64 or 128 rows, not {tile_rows}")
+    (rows, n), k = out.shape, x.shape[1]
+    across = weight.stride(1) == 1 and weight.stride(2) != 1
+    count = most_tiles if tiles is not None else -(-rows // tile_rows)
+    if not count or not n:
+        return
+    moe_triton.wide[(count, -(-n // _WIDE_COLUMNS))](
+        x, weight, x if bias is None else bias, x if order is None else order, x if tiles is None else tiles, out,
+        rows, places, n, k, x.stride(0), *weight.stride(),
+        BM=tile_rows, BN=_WIDE_COLUMNS, GROUPED=tiles is not None, BIASED=bias is not None,
+        EVEN=k % moe_triton.DEPTH.value == 0, ACROSS=across,
+        enable_fp_fusion=False, num_warps=tile_rows // 16, num_stages=3,
+    )  # fmt: skip
 
 
 def combine(
@@ -157,7 +193,7 @@ def experts(
     if not len(x):
         return torch.empty((0, layer.down.shape[1 if not layer.transposed else 2]), dtype=x.dtype, device=x.device)
     up, down = (w.mT if layer.transposed else w for w in (layer.up, layer.down))
-    groups = Groups(chosen, len(up), tile_rows)
+    groups = Groups(chosen, len(up), tile_rows or (WIDE_ROWS[-1] if path == "wide" else None))
     inner = layer.gate(product(x, up, layer.up_bias, groups, places=groups.places, path=path))
     found = product(inner, down, layer.down_bias, groups, unrounded=True, path=path)
     found = found.view(*groups.chosen.shape, found.shape[1])

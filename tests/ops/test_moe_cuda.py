@@ -72,6 +72,8 @@ def test_a_token_does_not_see_the_others(name: str, dtype: torch.dtype) -> None:
     assert torch.unique(whole.float().cpu(), dim=0).shape[0] == tokens, "tokens differ from each other"
     for rows in moe_cuda.TILE_ROWS:
         expect(moe_cuda.experts(x, chosen, weights, layer, tile_rows=rows), whole, f"tiles of {rows}")
+    for rows in moe_cuda.WIDE_ROWS:
+        expect(moe_cuda.experts(x, chosen, weights, layer, tile_rows=rows, path="wide"), whole, f"wide tiles of {rows}")
     expect(moe.experts(x, chosen, weights, layer), whole, "the rule's own tiles")
     for count in itertools.chain(range(1, 41), (64, 95)):
         start = 13 * count % (tokens - count + 1)

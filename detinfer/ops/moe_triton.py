@@ -1,0 +1,69 @@
+# mypy: ignore-errors
+# ruff: noqa: SIM108 -- a branch on a constant is an if statement in Triton
+"""The products of many experts in Triton, for experts with many tokens: on Hopper they go through ``wgmma``, which
+csrc/gpu/moe_tile.h does not use. The order is csrc/moe_gpu.h's: one fp32 accumulator, k ascending, then the bias.
+
+``wide`` takes the groups that ``moe_cuda.Groups`` has made: a program has one tile of BM assignments of one expert and BN of
+its columns. Triton's language is not Python's typing: mypy leaves this file out.
+"""
+
+import triton
+import triton.language as tl
+
+DEPTH = tl.constexpr(64)
+"""Of k, what a stage of the pipeline holds."""
+
+
+@triton.jit(do_not_specialize=("assignments", "places"))
+def wide(
+    X, W, BIAS, ORDER, TILES, OUT, assignments, places, N, K, x_row, w_expert, w_n, w_k,
+    BM: tl.constexpr, BN: tl.constexpr, GROUPED: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr,
+    ACROSS: tl.constexpr,
+):  # fmt: skip
+    """Columns of x W^T for BM assignments. GROUPED: those of a tile of TILES; else all go to expert 0. EVEN: K is whole
+    stages. ACROSS: the weights' columns are contiguous, not their k."""
+    tile = tl.program_id(0)
+    expert = 0
+    first = tile * BM
+    end = assignments
+    if GROUPED:
+        if tile >= tl.load(TILES):
+            return
+        expert = tl.load(TILES + 1 + 3 * tile)
+        first = tl.load(TILES + 2 + 3 * tile)
+        end = tl.load(TILES + 3 + 3 * tile)
+    at = first + tl.arange(0, BM)
+    here = at < end
+    a = tl.minimum(at, end - 1)  # rows past the end are the last one's, and are not stored
+    if GROUPED:
+        a = tl.load(ORDER + a)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    known = n < N
+    column = tl.minimum(n, N - 1)
+    k = tl.arange(0, DEPTH)
+    x = X + (a // places).to(tl.int64)[:, None] * x_row + k[None, :]
+    w = W + expert.to(tl.int64) * w_expert if GROUPED else W
+    if ACROSS:
+        w += k.to(tl.int64)[:, None] * w_k + n[None, :] * w_n
+    else:
+        w += column.to(tl.int64)[:, None] * w_n + k[None, :] * w_k
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, K, DEPTH):
+        inside = k0 + k < K
+        if EVEN:
+            left = tl.load(x)
+        else:
+            left = tl.load(x, mask=inside[None, :], other=0.0)
+        if ACROSS:
+            right = tl.load(w, mask=inside[:, None] & known[None, :], other=0.0)
+        elif EVEN:
+            right = tl.load(w)
+        else:
+            right = tl.load(w, mask=inside[None, :], other=0.0)
+        acc = tl.dot(left, right if ACROSS else tl.trans(right), acc)
+        x += DEPTH
+        w += DEPTH * w_k
+    if BIASED:
+        acc += tl.load(BIAS + expert * N + column).to(tl.float32)[None, :]
+    to = OUT + a.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(to, acc.to(OUT.dtype.element_ty), mask=here[:, None] & known[None, :])
