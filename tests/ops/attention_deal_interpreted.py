@@ -28,13 +28,13 @@ SPACES: list[tuple[torch.Tensor, ...]] = []
 
 
 def keep_spaces() -> None:
-    made = launch._workspace
+    made = launch.workspace
 
     def kept(*work: Any) -> tuple[torch.Tensor, ...]:
         SPACES.append(made(*work))
         return SPACES[-1]
 
-    launch._workspace = kept  # type: ignore[assignment]
+    launch.workspace = kept  # type: ignore[assignment]
 
 
 def calls() -> Iterator[tuple[str, tuple[torch.Tensor, ...], Keys]]:

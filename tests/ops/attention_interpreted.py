@@ -40,7 +40,7 @@ def on_the_cpu() -> None:
         parts = (torch.full((n,), math.nan) for n in (count, count, count * width))
         return (*parts, torch.zeros(programs, dtype=torch.int32))
 
-    launch._workspace = workspace  # type: ignore[assignment]
+    launch.workspace = workspace  # type: ignore[assignment]
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor, sinks: Any = None) -> torch.Tensor:

@@ -79,7 +79,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     space = torch.zeros(1 << 22)
     monkeypatch.setattr(attention_cuda_launch, "kernels_of_triton", lambda: kernels)
     monkeypatch.setattr(attention_cuda_launch, "_check_devices", lambda *_: None)
-    monkeypatch.setattr(attention_cuda_launch, "_workspace", lambda *work: (space, space, space, space))
+    monkeypatch.setattr(attention_cuda_launch, "workspace", lambda *work: (space, space, space, space))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: STREAM, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
