@@ -1,7 +1,8 @@
-// fp32 on NVIDIA GPUs: the plain kernel and the choice of a block's shape. gpu/matmul_stream.h and gpu/matmul_fp32.h have the
-// fast ones.
+// fp32 on NVIDIA GPUs: the plain kernel and the choice of a block's shape. gpu/matmul_stream.h, gpu/matmul_chains.h and
+// gpu/matmul_fp32.h have the fast ones.
 #include <type_traits>
 
+#include "gpu/matmul_chains.h"
 #include "gpu/matmul_fp32.h"
 #include "gpu/matmul_launch.h"
 #include "gpu/matmul_stream.h"
@@ -52,6 +53,22 @@ int launch_stream(const GpuMatmulArgs& p, Stream stream) {
   return checked_matmul(last_error(), "launching the kernel for aligned fp32");
 }
 
+template <int XT, int WT, int RX, int RW, int KB, int S, int U, int D, int kBlocks>
+int launch_chains(const GpuMatmulArgs& p, Stream stream) {
+  using Shape = ChainShape<XT, WT, RX, RW, KB, S>;
+  const auto kernel = chains_fp32<XT, WT, RX, RW, KB, S, U, D, kBlocks>;
+  static std::atomic<uint64_t> loaded{0};
+  const Code ready = load_here(loaded, kernel, Shape::kSharedBytes);
+  if (ready != kNoError) return checked_matmul(ready, "loading the kernel for chains in fp32");
+  CUtensorMap x, w;
+  if (!describe_boxes(&x, p.x, p.m, p.k, p.x_m, Shape::kRowsX, KB) || !describe_boxes(&w, p.w, p.n, p.k, p.w_n, WT, KB))
+    return refuse_matmul(kNotSupported, "matmul: the driver describes no tensor of this shape and alignment to the memory accelerator");
+  const int64_t blocks = (p.m + XT - 1) / XT * ((p.n + WT - 1) / WT);
+  if (blocks > 0x7fffffff) return refuse_matmul(kBadArgument, "matmul: the result is too large for one call");
+  kernel<<<static_cast<unsigned>(blocks), Shape::kThreads, Shape::kSharedBytes, stream>>>(x, w, p);
+  return checked_matmul(last_error(), "launching the kernel for chains in fp32");
+}
+
 int run_stream(const GpuMatmulArgs& p, int64_t sms, Stream stream) {
   if (!accelerates(p, 4))
     return refuse_matmul(kNotSupported, "matmul: the kernel for aligned fp32 takes no batches, k contiguous and rows on 16-byte "
@@ -69,7 +86,7 @@ int run_stream(const GpuMatmulArgs& p, int64_t sms, Stream stream) {
     else if (!fills(64, 64)) variant = p.m <= 128 ? 9 : 10;
     else variant = fills(128, 128) ? 13 : 11;
   }
-  switch (variant) {  // rows of x x columns of the result of a block
+  switch (variant) {  // rows of x x columns of the result of a block, as detinfer/ops/matmul_cuda_proof.py has them
     case 0: return launch_stream<1, 32, 1, 1, 32, 4, 5, 4, 1, 1>(p, stream);
     case 1: return launch_stream<2, 32, 2, 1, 32, 4, 5, 4, 1, 1>(p, stream);
     case 2: return launch_stream<4, 32, 2, 1, 32, 4, 5, 4, 4, 1>(p, stream);
@@ -84,6 +101,20 @@ int run_stream(const GpuMatmulArgs& p, int64_t sms, Stream stream) {
     case 11: return launch_stream<64, 64, 8, 4, 16, 1, 4, 4, 1, 3>(p, stream);
     case 12: return launch_stream<128, 40, 8, 5, 8, 1, 5, 2, 2, 1>(p, stream);
     case 13: return launch_stream<128, 128, 8, 8, 8, 1, 6, 4, 1, 1>(p, stream);
+    case 14: return launch_chains<4, 8, 1, 1, 8, 6, 64, 4, 2>(p, stream);
+    case 15: return launch_chains<4, 32, 1, 4, 4, 5, 32, 2, 2>(p, stream);
+    case 16: return launch_chains<16, 24, 2, 3, 4, 5, 32, 2, 2>(p, stream);
+    case 17: return launch_chains<32, 24, 2, 3, 4, 3, 32, 2, 2>(p, stream);
+    case 18: return launch_chains<32, 32, 2, 4, 4, 3, 32, 2, 2>(p, stream);
+    case 19: return launch_chains<32, 40, 2, 5, 4, 3, 32, 2, 2>(p, stream);
+    case 20: return launch_chains<32, 64, 4, 4, 2, 4, 16, 2, 2>(p, stream);
+    case 21: return launch_chains<64, 40, 4, 5, 2, 4, 16, 2, 2>(p, stream);
+    case 22: return launch_chains<64, 64, 4, 8, 2, 3, 8, 2, 2>(p, stream);
+    case 23: return launch_chains<64, 80, 8, 5, 2, 3, 8, 2, 2>(p, stream);
+    case 24: return launch_chains<128, 64, 8, 8, 2, 4, 8, 2, 1>(p, stream);
+    case 25: return launch_chains<128, 80, 8, 5, 2, 4, 8, 2, 1>(p, stream);
+    case 26: return launch_chains<128, 128, 8, 8, 2, 3, 8, 2, 1>(p, stream);
+    case 27: return launch_chains<128, 160, 8, 10, 2, 3, 4, 2, 1>(p, stream);
   }
   return refuse_matmul(kBadArgument, "matmul: the kernel for aligned fp32 has no such variant");
 }

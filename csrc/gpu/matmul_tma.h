@@ -25,10 +25,31 @@ static __device__ __forceinline__ void barrier_wait(uint32_t at, int parity) {
     asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done) : "r"(at), "r"(parity) : "memory");
 }
+static __device__ __forceinline__ bool barrier_done(uint32_t at, int parity) {  // does not wait
+  uint32_t done;
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done) : "r"(at), "r"(parity) : "memory");
+  return done != 0;
+}
+static __device__ __forceinline__ void barrier_arrive_if(bool here, uint32_t at) {  // without a branch
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p mbarrier.arrive.shared.b64 _, [%0];\n}"
+               ::"r"(at), "r"(static_cast<uint32_t>(here)) : "memory");
+}
+static __device__ __forceinline__ float4 read_16(uint32_t at) {
+  float4 found;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(found.x), "=f"(found.y), "=f"(found.z), "=f"(found.w) : "r"(at) : "memory");
+  return found;
+}
 // A box of 64 columns from (k, row); what lies outside the tensor arrives as zeros.
 static __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int k, int row, uint32_t barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                ::"r"(to), "l"(map), "r"(k), "r"(row), "r"(barrier) : "memory");
+}
+
+// Boxes of 128 bytes of k from (row, box), one after the other, of a map by describe_boxes.
+static __device__ __forceinline__ void copy_boxes(uint32_t to, const CUtensorMap* map, int row, int box, uint32_t barrier) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+               ::"r"(to), "l"(map), "r"(0), "r"(row), "r"(box), "r"(barrier) : "memory");
 }
 
 // --- host ---
@@ -61,6 +82,18 @@ static inline bool describe(CUtensorMap* map, const void* at, int64_t rows, int6
   return encoder() != nullptr &&
          encoder()(map, type, 2, const_cast<void*>(at), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                    CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// The same as [k / 32][rows][32] of fp32, taken in box_count boxes of box_rows x 128 bytes; what is left of k is not in it.
+static inline bool describe_boxes(CUtensorMap* map, const void* at, int64_t rows, int64_t k, int64_t row_stride, int box_rows,
+                                  int box_count) {
+  const cuuint64_t sizes[3] = {32, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(k < 32 ? 1 : k / 32)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>((rows == 1 ? k : row_stride) * 4), kBoxRowBytes};
+  const cuuint32_t box[3] = {32, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_count)}, steps[3] = {1, 1, 1};
+  return encoder() != nullptr &&
+         encoder()(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 3, const_cast<void*>(at), sizes, strides, box, steps,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

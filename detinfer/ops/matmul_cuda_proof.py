@@ -27,10 +27,16 @@ TUNED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024
 """Numbers of rows at which paths are timed; those between take the choice of the next greater one."""
 
 _SKINNY_ROWS = (8, 8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64)
-_STREAM_ROWS = (1, 2, 4, 8, 16, 16, 16, 32, 32, 64, 64, 64, 128, 128)
-"""Rows of x of a block of each of csrc's variants."""
+"""Rows of x of a block of each of csrc's variants in bf16 and fp16."""
 
-VARIANTS = {"reference": 1, "skinny": len(_SKINNY_ROWS), "stream": len(_STREAM_ROWS), "tile": 3}
+_STREAM_ROWS = (1, 2, 4, 8, 16, 16, 16, 32, 32, 64, 64, 64, 128, 128)
+"""Rows of x of a block of each of csrc's first variants in fp32."""
+
+_CHAINS = ((4, 8), (4, 32), (16, 24), (32, 24), (32, 32), (32, 40), (32, 64), (64, 40), (64, 64), (64, 80), (128, 64),
+           (128, 80), (128, 128), (128, 160))  # fmt: skip
+"""Rows of x and columns of the result of a block of each of csrc's variants in fp32 after those."""
+
+VARIANTS = {"reference": 1, "skinny": len(_SKINNY_ROWS), "stream": len(_STREAM_ROWS) + len(_CHAINS), "tile": 3}
 """How many variants each path has; in fp32 ``tile`` has one more."""
 
 _ALGORITHMS = 8
@@ -203,18 +209,32 @@ def _run(choice: Choice, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | Non
 def _candidates(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> Iterator[Choice]:
     """What may be fast for x [m, k] times w [n, k]."""
     (m, k), n = x.shape, w.shape[0]
-    half = x.dtype is not torch.float32
-    for variant, width in enumerate(_SKINNY_ROWS if half else _STREAM_ROWS):
-        if width <= 2 * m + 6 and (m <= (2 if half else 4) * width or (width >= 64 and not half)):
-            yield Choice("skinny" if half else "stream", variant)
-    if not half:
+    if x.dtype is torch.float32:
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        yield from (Choice("stream", variant) for variant in _streams(m, n, processors))
         return
+    for variant, width in enumerate(_SKINNY_ROWS):
+        if width <= 2 * m + 6 and m <= 2 * width:
+            yield Choice("skinny", variant)
     if m <= _OWN_ROWS or not cublaslt.available():
         yield matmul_cuda.by_rule(m, x.dtype, x.device.index)
     if cublaslt.available():
         problem = cublaslt.Problem(x.dtype, m, n, k, k, w.stride(0), 0 if c is None else c.data_ptr())
         found = cublaslt.Product(problem, x.device.index).algorithms(_ALGORITHMS)
         yield from (Choice("cublaslt_no_split", -1, algorithm) for algorithm in found)
+
+
+def _streams(m: int, n: int, processors: int) -> Iterator[int]:
+    """The variants of ``stream`` that may be fast for m rows and n columns on a GPU with so many processors."""
+    for variant, width in enumerate(_STREAM_ROWS):
+        if width <= 2 * m + 6 and (m <= 4 * width or width >= 64):
+            yield variant
+    for variant, (rows, columns) in enumerate(_CHAINS, len(_STREAM_ROWS)):
+        if rows > max(4, 1.5 * m) or (m > 6 * rows and rows < 64):
+            continue  # mostly empty, or many where fewer of more rows would do
+        blocks = -(-m // rows) * -(-n // columns)
+        if blocks >= processors / 2 and (blocks <= 6 * processors or rows * columns >= 128 * 80):
+            yield variant  # enough to go round, and no larger ones that would share more of what they read
 
 
 def _timed(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, repeats: int) -> Iterator[tuple[Choice, float]]:

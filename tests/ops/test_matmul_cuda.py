@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,46 @@ def test_fp32_streams_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     key = matmul_table.Key(7, 20, torch.float32, 20, False, None)  # type: ignore[arg-type]
     matmul_table.use([matmul_table.Table(key, (4096,), (matmul_table.Choice("stream", 3),), 0, (128,), 1)])
     assert seen.plan(x, w) == [("stream", 3000)]
+
+
+def test_variants_of_fp32_are_those_of_csrc() -> None:
+    source = (Path(__file__).parents[2] / "csrc/matmul_fp32.cu").read_text()
+    cases = re.findall(r"case (\d+): return launch_(stream|chains)<(\d+), (\d+), ", source)
+    rows, chains = matmul_cuda_proof._STREAM_ROWS, matmul_cuda_proof._CHAINS
+    assert [int(number) for number, *_ in cases] == list(range(matmul_cuda_proof.VARIANTS["stream"]))
+    assert [int(x) for _, kernel, x, _ in cases if kernel == "stream"] == list(rows)
+    assert [(int(x), int(w)) for _, kernel, x, w in cases if kernel == "chains"] == list(chains)
+    assert all(kernel == "stream" for _, kernel, *_ in cases[: len(rows)]), (
+        "numbers in a machine's tables keep their meaning"
+    )
+
+
+def test_what_is_timed_in_fp32_suits_the_rows_and_the_columns() -> None:
+    """On an H200, whose 132 processors some blocks were made for: there each of them is timed, and few others are."""
+    first = len(matmul_cuda_proof._STREAM_ROWS)
+
+    def timed(m: int, n: int) -> list[tuple[int, int]]:
+        found = list(matmul_cuda_proof._streams(m, n, 132))
+        assert found == sorted(set(found)), "each once, and in csrc's order: the first of two alike is taken"
+        assert any(variant < first for variant in found), "a shape that suits none of the chains' blocks has others"
+        return [matmul_cuda_proof._CHAINS[variant - first] for variant in found if variant >= first]
+
+    made_for = {
+        (1, 1280): (4, 8), (1, 4096): (4, 32), (32, 1280): (16, 24), (64, 1280): (32, 24), (128, 1280): (32, 40),
+        (256, 1280): (64, 40), (512, 1280): (64, 80), (2048, 1280): (128, 160), (32, 4096): (32, 32), (64, 4096): (32, 64),
+        (128, 4096): (64, 64), (256, 4096): (128, 64), (512, 4096): (128, 128), (32, 5120): (32, 40), (256, 5120): (128, 80),
+    }  # fmt: skip
+    for (m, n), block in made_for.items():
+        assert block in timed(m, n), (m, n)
+        assert -(-m // block[0]) * -(-n // block[1]) <= 160, "a block made for a shape: about one for each processor"
+    assert set(made_for.values()) == set(matmul_cuda_proof._CHAINS)
+    for n in (576, 1280, 4096, 5120, 24576, 128256):
+        assert sum(len(timed(m, n)) for m in matmul_cuda_proof.TUNED_ROWS if m <= 2048) <= 90, n
+    assert (
+        timed(1, 24576) == [(4, 32)]
+        and timed(1, 64) == []
+        and timed(2048, 24576) == [(128, 80), (128, 128), (128, 160)]
+    )
 
 
 def test_what_lies_badly_is_copied_where_that_pays() -> None:
