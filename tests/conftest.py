@@ -22,6 +22,7 @@ LONGEST = (
     "cli/test_tp_sizes.py",
     "goldens/test_builtin_golden.py",
     "goldens/test_record.py",
+    "native/test_matmul_chains.py",
     "models/test_zoo_axes.py",
     "integrations/test_workflow.py",
     "integrations/test_pipeline.py",
