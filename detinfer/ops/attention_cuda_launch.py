@@ -351,12 +351,16 @@ def _cut(
             wide = _HOPPER_ROWS
             if (why := _not_for_hopper(q, k, v, keys, wide // group, n_keys, kernels)) is not None:
                 raise RefusedError(f"{NAME}: path prefill_hopper does not take this call: {why}; leave path out")
-        launch.grid = (-(-queries // (wide // group)), batch * kv_heads)
+        tiles, heads_of_keys = -(-queries // (wide // group)), batch * kv_heads
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.stride[:3])
-        nil = () if hopper else (0,)
-        launch.numbers = (kv_heads, heads, queries, n_keys, keys.shift, *nil, c, *strides)
-        launch.constants |= {"BM": wide, "num_warps": large.warps}
-        launch.constants |= {"STAGES": 4 if padded(deepest) > 64 else 6} if hopper else {"num_stages": large.stages}
+        if hopper:
+            launch.grid = (min(_multiprocessors(q.device), tiles * heads_of_keys), 1)
+            launch.numbers = (tiles, heads_of_keys, kv_heads, heads, queries, n_keys, keys.shift, c, *strides)
+            launch.constants |= {"BM": wide, "num_warps": large.warps, "STAGES": 4 if padded(deepest) > 64 else 6}
+        else:
+            launch.grid = (tiles, heads_of_keys)
+            launch.numbers = (kv_heads, heads, queries, n_keys, keys.shift, 0, c, *strides)
+            launch.constants |= {"BM": wide, "num_warps": large.warps, "num_stages": large.stages}
         launch.tiles = (_described(k, kernels.block), _described(v, kernels.block))
         return
     scan = launch.kernel == "decode" and mask is not None and n_keys <= _SCANNED

@@ -4,7 +4,8 @@
 
 One warp asks for K and V, and two groups of four warps share what arrives, 64 rows each: half of what ``prefill`` reads. Each
 group runs by itself, so that the products of one run beside the weights of the other; inside a group the product of the last
-weights with V runs beside the weights of the next block (Shah et al., FlashAttention-3, 2024, sections 3.1 and 3.2).
+weights with V runs beside the weights of the next block (Shah et al., FlashAttention-3, 2024, sections 3.1 and 3.2). A program
+computes one tile after another, and what loads is ahead by as many blocks as there is room for, in the next tile too.
 
 Written in Gluon, the language under Triton's, in which a program says which warps do what.
 """
@@ -80,17 +81,36 @@ def _scores(q, k, S: gl.constexpr):
 
 
 @gluon.jit
+def _tile(turn, tiles, programs, LQ, LK, shift, HK, G: gl.constexpr, BM: gl.constexpr, CAUSAL: gl.constexpr):
+    """(whether there is one, tile, batch, head, keys that every row sees, keys that any sees) of a program's ``turn``.
+
+    Tiles of one head follow each other, the longest first, so that K and V stay in the second cache; every other turn deals
+    them backwards, so that no program gets the longer one each time.
+    """
+    many = gl.num_programs(0)
+    item = turn * many + gl.where(turn % 2 == 0, gl.program_id(0), many - 1 - gl.program_id(0))
+    tile = tiles - 1 - item % tiles
+    program = item // tiles
+    least = LK
+    hi = LK
+    if CAUSAL:
+        least = gl.minimum(tile * (BM // G) + shift + 1, LK)
+        hi = gl.minimum(gl.minimum(tile * (BM // G) + BM // G, LQ) + shift, LK)
+    return program < programs, tile, program // HK, program % HK, least, hi
+
+
+@gluon.jit
 def _steps(
-    q, keys, values, keys_there, keys_read, values_there, values_read, first, last, length, end, c,
+    q, keys, values, keys_there, keys_read, values_there, values_read, done, first, last, length, end, c,
     p, m, z, acc, top, total, out, MASKED: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """The blocks from ``first`` to ``last``; ``p`` are the weights of the one before, whose product with V is made here.
-    Splits are merged where the next one begins."""
+    """The blocks from ``first`` to ``last``, before which the ring had ``done`` of other tiles; ``p`` are the weights of the
+    block before each, whose product with V is made here. Splits are merged where the next one begins."""
     for j in range(first, last):
-        at, before = j % STAGES, (j - 1) % STAGES
-        mbarrier.wait(keys_there.index(at), j // STAGES & 1)
+        at, before = (done + j) % STAGES, (done + j - 1) % STAGES
+        mbarrier.wait(keys_there.index(at), (done + j) // STAGES & 1)
         scores = _scores(q, keys.index(at).reshape((BLOCK, keys.shape[4])), S)
-        mbarrier.wait(values_there.index(before), (j - 1) // STAGES & 1)
+        mbarrier.wait(values_there.index(before), (done + j - 1) // STAGES & 1)
         product = warpgroup_mma(p, values.index(before).reshape((BLOCK, values.shape[4])), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[scores])
         _meet()
@@ -140,71 +160,78 @@ def _store(
 @gluon.jit
 def _compute(
     group, Q, K, V, OUT, LSE, q, spare, keys, values, keys_there, keys_read, values_there, values_read,
-    HK, H, LQ, LK, shift, c, q_b, q_h, q_i, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_i, least, hi,
+    tiles, programs, HK, H, LQ, LK, shift, c, q_b, q_h, q_i, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_i,
     G: gl.constexpr, SHARE: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, DP: gl.constexpr, DVP: gl.constexpr,
     BM: gl.constexpr, CAUSAL: gl.constexpr, WANT_LSE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A group's rows of the tile, from its queries to its results."""
+    """A group's rows of the program's tiles, from their queries to their results."""
     ROWS: gl.constexpr = BM // GROUPS
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DVP, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     IN: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DP, DP // 8], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, S)
-    tile = gl.num_programs(0) - 1 - gl.program_id(0)
-    batch = gl.program_id(1) // HK
-    head = gl.program_id(1) % HK
-
-    r = group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, IN))
-    i = tile * (BM // G) + r // G
-    od = gl.arange(0, DP, gl.SliceLayout(0, IN))
-    at = batch.to(gl.int64) * q_b + (head * G + r % G).to(gl.int64) * q_h + i.to(gl.int64) * q_i
-    valid = (r < BM // G * G) & (i < LQ)
-    q.store(gl.load(Q + at[:, None] + od[None, :], mask=valid[:, None] & (od < D)[None, :], other=0.0))
-    fence_async_shared()
-    _meet()
-
-    r = group * ROWS + gl.arange(0, ROWS, rows)
-    end = gl.zeros_like(r) + LK
-    if CAUSAL:
-        end = gl.minimum(tile * (BM // G) + r // G + shift + 1, LK)
-    length = _split_length(least)
-    blocks = (hi + BLOCK - 1) // BLOCK
-    whole = gl.minimum(gl.maximum(least // BLOCK, 1), blocks)  # up to here every row sees every key
     none = gl.full((ROWS,), float("-inf"), gl.float32, rows)
-    acc = gl.zeros((ROWS, DVP), gl.float32, O)
-    top, total, out = none, gl.zeros((ROWS,), gl.float32, rows), acc
-    mbarrier.wait(keys_there.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=[_scores(q, keys.index(0).reshape((BLOCK, DP)), S)])
-    _meet()
-    mbarrier.arrive(keys_read.index(0), count=1)
-    weights, z, m, _a = _weights(s, 0, end, c, none, False, True)
-    p = gl.convert_layout(weights.to(q.dtype), P)
-    p, m, z, acc, top, total, out = _steps(
-        q, keys, values, keys_there, keys_read, values_there, values_read, 1, whole, length, end, c,
-        p, m, z, acc, top, total, out, False, STAGES, S, P,
-    )  # fmt: skip
-    p, m, z, acc, top, total, out = _steps(
-        q, keys, values, keys_there, keys_read, values_there, values_read, whole, blocks, length, end, c,
-        p, m, z, acc, top, total, out, True, STAGES, S, P,
-    )  # fmt: skip
-    last = (blocks - 1) % STAGES
-    mbarrier.wait(values_there.index(last), (blocks - 1) // STAGES & 1)
-    product = warpgroup_mma(p, values.index(last).reshape((BLOCK, DVP)), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[product])
-    top, total, out = _merge(top, total, out, m, z, acc)
-    r = group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, O))
-    i = tile * (BM // G) + r // G
-    valid = (r < BM // G * G) & (i < LQ)
-    worst = _store(OUT, LSE, top, total, out, batch, head, H, LQ, r, i, valid, o_b, o_h, o_i, G, DV, WANT_LSE)
-    if worst:
-        kv = (head // SHARE).to(gl.int64)
-        K += batch.to(gl.int64) * k_b + kv * k_h
-        V += batch.to(gl.int64) * v_b + kv * v_h
-        _one_by_one(
-            group, tile, batch, head, K, V, OUT, LSE, q, spare, H, LQ, LK, shift, c, length, k_n, v_n, o_b, o_h, o_i,
-            G, D, DV, BM, CAUSAL, WANT_LSE, S, O, P, IN,
-        )  # fmt: skip
+    nothing = gl.zeros((ROWS, DVP), gl.float32, O)
+    many = gl.num_programs(0)
+    done = 0
+    for turn in range((tiles * programs + many - 1) // many):
+        there, tile, batch, head, least, hi = _tile(turn, tiles, programs, LQ, LK, shift, HK, G, BM, CAUSAL)
+        if there:
+            r = group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, IN))
+            i = tile * (BM // G) + r // G
+            od = gl.arange(0, DP, gl.SliceLayout(0, IN))
+            at = batch.to(gl.int64) * q_b + (head * G + r % G).to(gl.int64) * q_h + i.to(gl.int64) * q_i
+            valid = (r < BM // G * G) & (i < LQ)
+            queries = gl.load(Q + at[:, None] + od[None, :], mask=valid[:, None] & (od < D)[None, :], other=0.0)
+            _meet()  # all have read the last tile's
+            q.store(queries)
+            fence_async_shared()
+            _meet()
+
+            r = group * ROWS + gl.arange(0, ROWS, rows)
+            end = gl.zeros_like(r) + LK
+            if CAUSAL:
+                end = gl.minimum(tile * (BM // G) + r // G + shift + 1, LK)
+            length = _split_length(least)
+            blocks = (hi + BLOCK - 1) // BLOCK
+            whole = gl.minimum(gl.maximum(least // BLOCK, 1), blocks)  # up to here every row sees every key
+            top, total, out, acc = none, gl.zeros((ROWS,), gl.float32, rows), nothing, nothing
+            mbarrier.wait(keys_there.index(done % STAGES), done // STAGES & 1)
+            scores = _scores(q, keys.index(done % STAGES).reshape((BLOCK, DP)), S)
+            s = warpgroup_mma_wait(0, deps=[scores])
+            _meet()
+            mbarrier.arrive(keys_read.index(done % STAGES), count=1)
+            weights, z, m, _a = _weights(s, 0, end, c, none, False, True)
+            p = gl.convert_layout(weights.to(q.dtype), P)
+            p, m, z, acc, top, total, out = _steps(
+                q, keys, values, keys_there, keys_read, values_there, values_read, done, 1, whole, length, end, c,
+                p, m, z, acc, top, total, out, False, STAGES, S, P,
+            )  # fmt: skip
+            p, m, z, acc, top, total, out = _steps(
+                q, keys, values, keys_there, keys_read, values_there, values_read, done, whole, blocks, length, end, c,
+                p, m, z, acc, top, total, out, True, STAGES, S, P,
+            )  # fmt: skip
+            done += blocks
+            last = (done - 1) % STAGES
+            mbarrier.wait(values_there.index(last), (done - 1) // STAGES & 1)
+            product = warpgroup_mma(p, values.index(last).reshape((BLOCK, DVP)), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[product])
+            _meet()
+            mbarrier.arrive(values_read.index(last), count=1)
+            top, total, out = _merge(top, total, out, m, z, acc)
+            r = group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, O))
+            i = tile * (BM // G) + r // G
+            valid = (r < BM // G * G) & (i < LQ)
+            worst = _store(OUT, LSE, top, total, out, batch, head, H, LQ, r, i, valid, o_b, o_h, o_i, G, DV, WANT_LSE)
+            if worst:
+                kv = (head // SHARE).to(gl.int64)
+                k_at = batch.to(gl.int64) * k_b + kv * k_h
+                v_at = batch.to(gl.int64) * v_b + kv * v_h
+                _one_by_one(
+                    group, tile, batch, head, K + k_at, V + v_at, OUT, LSE, q, spare, H, LQ, LK, shift, c, length, k_n, v_n,
+                    o_b, o_h, o_i, G, D, DV, BM, CAUSAL, WANT_LSE, S, O, P, IN,
+                )  # fmt: skip
 
 
 @gluon.jit
@@ -266,34 +293,38 @@ def _one_by_one(
 
 
 @gluon.jit
-def _fetch(KD, VD, batch, kv, hi, keys, values, keys_there, keys_read, values_there, values_read, STAGES: gl.constexpr):
-    """Asks for block after block of K and V, as far ahead as there is room."""
-    for j in range((hi + BLOCK - 1) // BLOCK):
-        at, turn = j % STAGES, (j // STAGES & 1) ^ 1
-        mbarrier.wait(keys_read.index(at), turn)
-        mbarrier.expect(keys_there.index(at), KD.block_type.nbytes)
-        tma.async_copy_global_to_shared(KD, [batch, kv, j * BLOCK, 0], keys_there.index(at), keys.index(at))
-        mbarrier.wait(values_read.index(at), turn)
-        mbarrier.expect(values_there.index(at), VD.block_type.nbytes)
-        tma.async_copy_global_to_shared(VD, [batch, kv, j * BLOCK, 0], values_there.index(at), values.index(at))
+def _fetch(
+    KD, VD, keys, values, keys_there, keys_read, values_there, values_read, tiles, programs, HK, LQ, LK, shift,
+    G: gl.constexpr, SHARE: gl.constexpr, BM: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Asks for block after block of K and V, of tile after tile, as far ahead as there is room."""
+    many = gl.num_programs(0)
+    done = 0
+    for turn in range((tiles * programs + many - 1) // many):
+        there, _at, batch, head, _least, hi = _tile(turn, tiles, programs, LQ, LK, shift, HK, G, BM, CAUSAL)
+        if there:
+            blocks = (hi + BLOCK - 1) // BLOCK
+            kv = head // SHARE
+            for j in range(blocks):
+                at, parity = (done + j) % STAGES, ((done + j) // STAGES & 1) ^ 1
+                mbarrier.wait(keys_read.index(at), parity)
+                mbarrier.expect(keys_there.index(at), KD.block_type.nbytes)
+                tma.async_copy_global_to_shared(KD, [batch, kv, j * BLOCK, 0], keys_there.index(at), keys.index(at))
+                mbarrier.wait(values_read.index(at), parity)
+                mbarrier.expect(values_there.index(at), VD.block_type.nbytes)
+                tma.async_copy_global_to_shared(VD, [batch, kv, j * BLOCK, 0], values_there.index(at), values.index(at))
+            done += blocks
 
 
-@gluon.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_LOOSE)
+@gluon.jit(do_not_specialize=("tiles", "programs", *_FREE), do_not_specialize_on_alignment=_LOOSE)
 def prefill_hopper(
-    Q, K, V, KD, VD, OUT, LSE, HK, H, LQ, LK, shift, c,
+    Q, K, V, KD, VD, OUT, LSE, tiles, programs, HK, H, LQ, LK, shift, c,
     q_b, q_h, q_i, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_i,
     G: gl.constexpr, SHARE: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, DP: gl.constexpr, DVP: gl.constexpr,
     BM: gl.constexpr, CAUSAL: gl.constexpr, WANT_LSE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A tile of BM // G positions of G query heads; BM is 64 rows for each group."""
-    tile = gl.num_programs(0) - 1 - gl.program_id(0)  # the longest first
-    batch = gl.program_id(1) // HK
-    kv = gl.program_id(1) % HK // SHARE
-    least = LK
-    hi = LK
-    if CAUSAL:
-        least = gl.minimum(tile * (BM // G) + shift + 1, LK)
-        hi = gl.minimum(gl.minimum(tile * (BM // G) + BM // G, LQ) + shift, LK)
+    """``tiles`` tiles of BM // G positions of G query heads, for each of ``programs`` = batch x HK; BM is 64 rows for each
+    group. As many programs as there are multiprocessors share them."""
     dtype: gl.constexpr = Q.dtype.element_ty
     flat: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     q = gl.allocate_shared_memory(dtype, [GROUPS, BM // GROUPS, DP], flat)
@@ -314,15 +345,18 @@ def prefill_hopper(
         [
             (_compute, (
                 0, Q, K, V, OUT, LSE, q.index(0), spare.index(0), keys, values, keys_there, keys_read, values_there,
-                values_read, HK, H, LQ, LK, shift, c, q_b, q_h, q_i, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_i, least, hi,
-                G, SHARE, D, DV, DP, DVP, BM, CAUSAL, WANT_LSE, STAGES,
+                values_read, tiles, programs, HK, H, LQ, LK, shift, c, q_b, q_h, q_i, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h,
+                o_i, G, SHARE, D, DV, DP, DVP, BM, CAUSAL, WANT_LSE, STAGES,
             )),
             (_compute, (
                 1, Q, K, V, OUT, LSE, q.index(1), spare.index(1), keys, values, keys_there, keys_read, values_there,
-                values_read, HK, H, LQ, LK, shift, c, q_b, q_h, q_i, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_i, least, hi,
-                G, SHARE, D, DV, DP, DVP, BM, CAUSAL, WANT_LSE, STAGES,
+                values_read, tiles, programs, HK, H, LQ, LK, shift, c, q_b, q_h, q_i, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h,
+                o_i, G, SHARE, D, DV, DP, DVP, BM, CAUSAL, WANT_LSE, STAGES,
             )),
-            (_fetch, (KD, VD, batch, kv, hi, keys, values, keys_there, keys_read, values_there, values_read, STAGES)),
+            (_fetch, (
+                KD, VD, keys, values, keys_there, keys_read, values_there, values_read, tiles, programs, HK, LQ, LK, shift,
+                G, SHARE, BM, CAUSAL, STAGES,
+            )),
         ],
         [4, 1],
         [240, 24],

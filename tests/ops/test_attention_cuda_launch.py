@@ -201,12 +201,16 @@ def test_rows_of_a_tile_have_splits_of_one_length(calls: list[tuple[Any, ...]]) 
 
 def test_a_path_that_is_asked_for(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     """``prefill_hopper`` takes what ``prefill`` takes, in tiles of 128 rows; what it does not take is refused with the reason."""
+    monkeypatch.setattr(attention_cuda_launch, "_multiprocessors", lambda _: 100)
     named = functools.partial(plan, scale=1.0, stride=None, want_lse=False, path="prefill_hopper")
     tensors = inputs(queries=1000, depth=96)
     launch = named(*tensors, Keys(None, True))
     launch.start(*tensors, Keys(None, True))
     name, grid, given, constants = calls[0]
-    assert (name, grid) == ("prefill_hopper", (-(-1000 // 32), 4)) and constants["BM"] == 128
+    assert (name, grid) == ("prefill_hopper", (100, 1)) and constants["BM"] == 128
+    assert given[7:9] == [-(-1000 // 32), 4]
+    few = inputs(queries=40, depth=96)
+    assert named(*few, Keys(None, True)).grid == (8, 1), "no program without a tile"
     assert given[3][-1] == given[4][-1] == "swizzled"
     assert len(given) + len(launch.constants) - 2 == len(
         prefill_parameters()

@@ -19,8 +19,9 @@ sys.path.append(str(Path(__file__).parent))
 import gluon_emulated
 from gluon_emulated import Pointer, Stuck, described, exp2, loaded, log2, product
 
-BLOCK, LEAST, MOST, ROWS, STAGES = 64, 64, 4, 128, 2
-"""Splits of 64 keys up to 256 keys, of 128 up to 512, and so on: short ones, so that many meet."""
+BLOCK, LEAST, MOST, ROWS, STAGES, PROGRAMS = 64, 64, 4, 128, 2, 3
+"""Splits of 64 keys up to 256 keys, of 128 up to 512, and so on: short ones, so that many meet; and few programs, so that each has
+several tiles."""
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,11 @@ def called(kernel: tuple[Any, Any], given: tuple[torch.Tensor, ...], causal: boo
     lse = torch.full(q.shape[:3], math.nan)
     c = depth**-0.5 * math.log2(math.e)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
+    tiles = -(-queries // (ROWS // group))
     gluon.run(
-        module.prefill_hopper, (-(-queries // (ROWS // group)), batch * kv_heads),
+        module.prefill_hopper, (min(PROGRAMS, tiles * batch * kv_heads), 1),
         *map(Pointer, given), described(k, BLOCK, wide), described(v, BLOCK, wide), Pointer(out), Pointer(lse),
-        kv_heads, heads, queries, keys, keys - queries, c, *strides,
+        tiles, batch * kv_heads, kv_heads, heads, queries, keys, keys - queries, c, *strides,
         group, 1, depth, depth, wide, wide, ROWS, causal, True, STAGES,
     )  # fmt: skip
     return out, lse
@@ -174,12 +176,12 @@ FAULTS = {
     "values are never freed": [(FREED, "")],
     "values are awaited a phase early": [
         (
-            "(values_there.index(before), (j - 1) // STAGES & 1)",
-            "(values_there.index(before), ((j - 1) // STAGES & 1) ^ 1)",
+            "index(before), (done + j - 1) // STAGES & 1)",
+            "index(before), ((done + j - 1) // STAGES & 1) ^ 1)",
         )
     ],
     "keys are awaited a phase early": [
-        ("(keys_there.index(at), j // STAGES & 1)", "(keys_there.index(at), (j // STAGES & 1) ^ 1)")
+        ("index(at), (done + j) // STAGES & 1)", "index(at), ((done + j) // STAGES & 1) ^ 1)")
     ],
     "a split is not merged": [
         (
@@ -187,6 +189,8 @@ FAULTS = {
             "            acc = gl",
         )
     ],
+    "a tile's last values are kept": [("            mbarrier.arrive(values_read.index(last), count=1)\n", "")],
+    "the ring begins anew with each tile": [("            done += blocks\n            last", "            last")],
     "the last block is left out": [("whole, blocks, length", "whole, blocks - 1, length")],
 }
 
@@ -203,7 +207,7 @@ def test_faults_show(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "attention_prefill_hopper.py").write_text(text)
     monkeypatch.setattr(gluon_emulated, "OPS", tmp_path)
     monkeypatch.setattr(gluon_emulated, "PATIENCE", 1.0)
-    given = drawn((2, 1), 64, 500, 16)
+    given = drawn((2, 1), 300, 300, 16)  # blocks of a tile that do not go into the ring
     gluon, module = emulated()
     gluon.late = 0.002
     try:
