@@ -41,21 +41,8 @@ def kernels_of_triton() -> Any:
             f"attention on a GPU needs Triton, which cannot be imported ({error}): install a CUDA build of torch, or the "
             "triton package of the version that this torch names"
         ) from None
-    try:
-        from triton.experimental.gluon.language import NVMMASharedLayout
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
-
-        from detinfer.ops.attention_prefill_hopper import prefill_hopper
-    except ImportError:  # this Triton's Gluon is another: ``prefill`` takes what it would
-        prefill_hopper = None
-
-    def described_hopper(t: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
-        return HopperDescriptor(t, shape, strides, block, NVMMASharedLayout(128, 16, rank=4))
-
     return SimpleNamespace(
         prefill=attention_prefill_triton.prefill,
-        prefill_hopper=prefill_hopper,
-        descriptor_hopper=described_hopper,
         tiles=attention_triton.tiles,
         decode=attention_triton.decode,
         spans=attention_plain_triton.spans,
@@ -64,6 +51,23 @@ def kernels_of_triton() -> Any:
         block=attention_triton.BLOCK.value,
         least=attention_triton.LEAST.value,
         most=attention_triton.MOST.value,
+    )
+
+
+@functools.cache
+def hopper_of_triton() -> Any:
+    """``prefill_hopper`` and how K and V are described to it; None where this Triton's Gluon is another."""
+    try:
+        from triton.experimental.gluon.language import NVMMASharedLayout
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        from detinfer.ops.attention_prefill_hopper import prefill_hopper
+    except (ImportError, AttributeError):
+        return None
+    layout = NVMMASharedLayout(128, 16, rank=4)
+    return SimpleNamespace(
+        prefill=prefill_hopper,
+        descriptor=lambda t, shape, strides, block: TensorDescriptor(t, shape, strides, block, layout),
     )
 
 
@@ -261,10 +265,9 @@ class Launch:
         kernels = kernels_of_triton()
         to_lse = q if lse is None else lse  # q: a pointer that is not followed
         if self.tiles:
-            hopper = self.kernel == "prefill_hopper"
-            describe = kernels.descriptor_hopper if hopper else kernels.descriptor
-            described = [describe(t, *how) for t, how in zip((k, v), self.tiles, strict=True)]
-            self._run(kernels.prefill_hopper if hopper else kernels.prefill, (q, k, v, *described, out, to_lse))
+            of = hopper_of_triton() if self.kernel == "prefill_hopper" else kernels
+            described = [of.descriptor(t, *how) for t, how in zip((k, v), self.tiles, strict=True)]
+            self._run(of.prefill, (q, k, v, *described, out, to_lse))
             self._prove(q, k, v, keys)
             return out, lse
         mask = keys.added
@@ -440,7 +443,7 @@ def _not_for_hopper(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys, positions: int, n_keys: int, kernels: Any
 ) -> str | None:
     """Why ``prefill_hopper`` does not take the call, or None."""
-    if kernels.prefill_hopper is None:
+    if hopper_of_triton() is None:
         return "this Triton's Gluon is not the one that it is written in (3.6 or 3.7)"
     if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] != 9:
         return "it is for GPUs of compute capability 9"

@@ -21,7 +21,7 @@ from detinfer.ops.attention_cuda import (
     reference,
     scaled_dot_product_attention,
 )
-from detinfer.ops.attention_cuda_launch import Keys, kernels_of_triton
+from detinfer.ops.attention_cuda_launch import Keys, hopper_of_triton
 from detinfer.ops.attention_cuda_proof import by_path, causal_mask, check_close, stress
 
 pytestmark = pytest.mark.gpu
@@ -41,7 +41,7 @@ def differ(got: torch.Tensor, want: torch.Tensor) -> None:
 
 def hopper() -> tuple[str, ...]:
     """The path that is for one kind of GPU, where this is one."""
-    here = torch.cuda.get_device_capability()[0] == 9 and kernels_of_triton().prefill_hopper is not None
+    here = torch.cuda.get_device_capability()[0] == 9 and hopper_of_triton() is not None
     return ("prefill_hopper",) if here else ()
 
 

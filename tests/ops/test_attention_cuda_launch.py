@@ -69,15 +69,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     made: list[tuple[Any, ...]] = []
     kernels = SimpleNamespace(
         **{name: Kernel(name, made) for name in ("tiles", "decode", "prefill", "spans", "plain")},
-        prefill_hopper=Kernel("prefill_hopper", made),
         descriptor=lambda t, *how: (t.data_ptr(), *how),
-        descriptor_hopper=lambda t, *how: (t.data_ptr(), *how, "swizzled"),
         block=64,
         least=256,
         most=16,
     )
+    hopper = SimpleNamespace(
+        prefill=Kernel("prefill_hopper", made), descriptor=lambda t, *how: (t.data_ptr(), *how, "swizzled")
+    )
     space = torch.zeros(1 << 22)
     monkeypatch.setattr(attention_cuda_launch, "kernels_of_triton", lambda: kernels)
+    monkeypatch.setattr(attention_cuda_launch, "hopper_of_triton", lambda: hopper)
     monkeypatch.setattr(attention_cuda_launch, "_check_devices", lambda *_: None)
     monkeypatch.setattr(attention_cuda_launch, "workspace", lambda *work: (space, space, space, space))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
@@ -223,7 +225,7 @@ def test_a_path_that_is_asked_for(calls: list[tuple[Any, ...]], monkeypatch: pyt
     ):
         with pytest.raises(RefusedError, match="copy engine"):
             named(*refused, keys)
-    monkeypatch.setattr(attention_cuda_launch.kernels_of_triton(), "prefill_hopper", None)
+    monkeypatch.setattr(attention_cuda_launch, "hopper_of_triton", lambda: None)
     with pytest.raises(RefusedError, match="Gluon"):
         named(*tensors, Keys(None, True))
 

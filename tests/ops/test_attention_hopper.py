@@ -10,7 +10,7 @@ import torch
 
 from detinfer.bits import as_bytes, first_mismatch
 from detinfer.ops.attention_cuda import reference
-from detinfer.ops.attention_cuda_launch import Keys, kernels_of_triton, run
+from detinfer.ops.attention_cuda_launch import Keys, hopper_of_triton, run
 from detinfer.ops.attention_cuda_proof import by_path, causal_mask, stress
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ FEW = (torch.bfloat16, torch.float16)
 def _hopper() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("no GPU of compute capability 9")
-    if kernels_of_triton().prefill_hopper is None:
+    if hopper_of_triton() is None:
         pytest.skip("this Triton's Gluon is another than 3.6's and 3.7's")
 
 
