@@ -121,11 +121,17 @@ class Golden:
         Fails with the first element that differs, and says so where the golden is of another environment (STALE) or is
         missing. With ``--update-goldens`` it writes instead.
         """
+        import torch
+
         from detinfer.testing import assert_bits_equal
 
         name = str(len(self._named)) if name is None else name
         if name in self._named:
             pytest.fail(f"golden.check: two tensors are named {name!r} in one test", pytrace=False)
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"golden.check takes a tensor, not {type(tensor).__name__}: call it once for each of several"
+            )
         self._named[name] = tensor.detach().clone().contiguous()
         held = self._read()
         if self._update == "all" or (self._update == "new" and name not in held):

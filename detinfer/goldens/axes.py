@@ -260,6 +260,8 @@ def swept(names: Sequence[str], trials: Sequence[Any], rows: int, differing: int
     }
     verdict = "diverged" if differing else "same" if rows else "not_run"
     one = AxisResult("", "", verdict, batches, rows, differing)  # type: ignore[arg-type]
+    if not rows:
+        counts = dict.fromkeys(counts, "no row of a result could be compared")
     return [replace(one, name=name, what=SWEPT[name], note=counts[name]) for name in SWEPT if name in names]
 
 

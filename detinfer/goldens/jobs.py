@@ -123,7 +123,7 @@ class Pool:
                 try:
                     worker.connection.send(task)
                     found = worker.connection.recv()
-                except (EOFError, OSError):
+                except (EOFError, OSError, TypeError):  # TypeError: it was closed here while its answer was waited for
                     failed.append(InfrastructureError(f"{worker.name}: {worker.ended()}, while it ran {task.key}"))
                     return
                 if isinstance(found, BaseException):

@@ -230,7 +230,8 @@ class _Again(Keep):
                 alike = held.shape == y.shape and held.dtype == y.dtype
                 where = bits.first_mismatch(held, y) if alike else "another shape or dtype"
             raise Diverged(
-                f"{what} {path}: runs 1 and {self._number} of request {key[0]} differ at {phase(key[1])} step {key[1]} "
+                f"{what} {path}".rstrip()
+                + f": runs 1 and {self._number} of request {key[0]} differ at {phase(key[1])} step {key[1]} "
                 f"({where}): the model does not repeat itself on this machine, so no golden is written"
             )
 

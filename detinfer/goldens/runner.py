@@ -6,6 +6,7 @@ module has step 0 alone.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from detinfer import bits
-from detinfer.errors import TargetError
+from detinfer.errors import DetinferError, TargetError
 from detinfer.goldens import tree
 from detinfer.goldens.tree import Node
 from detinfer.models.targets import device_of
@@ -27,6 +28,7 @@ Around = Callable[[int], AbstractContextManager[Any]]
 class Target(Protocol):
     """What the engine needs of ``detinfer.models.targets.Target``."""
 
+    spec: str
     kind: str
     module: nn.Module
     inputs: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -105,9 +107,19 @@ def _run_module(target: Target, batch: Sequence[Request], around: Around) -> Nod
     if len(held) > 1:
         # The factory's protocol: every tensor of a request has its batch dimension in front.
         joined = tree.map_tensors(first, lambda path, _: torch.cat([one[path] for one in held], 0))
-    args, kwargs = tree.decode(joined)
+    # A module may write into what it is given: the request is asked again.
+    args, kwargs = tree.decode(tree.map_tensors(joined, lambda _, t: t.clone()))
     with around(0):
-        output = target.module(*args, **kwargs)
+        try:
+            output = target.module(*args, **kwargs)
+        except (DetinferError, AssertionError, MemoryError):
+            raise
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise TargetError(
+                f"target {target.spec}: its forward raised {type(error).__name__}: {error} (line {at.lineno} of "
+                f"{at.filename}) on a batch of {len(batch)}; a module has to take batches of any size"
+            ) from error
     try:
         return tree.encode(output)
     except tree.NotEncodable as error:

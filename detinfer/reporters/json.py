@@ -50,10 +50,13 @@ def read(path: Path) -> Saved:
         raise GoldenError(f"{path}: cannot be read as a result of detinfer verify: {error}") from error
     if not isinstance(held, dict) or held.get("schema") != SCHEMA or "sweep" not in held:
         raise GoldenError(f"{path}: no result of this version's detinfer verify of a model: run verify --json again")
-    sweep = held["sweep"]
-    sizes = None if sweep["batch_sizes"] is None else tuple(sweep["batch_sizes"])
-    options = Options(n_trials=sweep["n_trials"], seed=held["seed"], batch_sizes=sizes)
-    return Saved(Path(held["path"]), options, held)
+    try:
+        sweep = held["sweep"]
+        sizes = None if sweep["batch_sizes"] is None else tuple(sweep["batch_sizes"])
+        options = Options(n_trials=sweep["n_trials"], seed=held["seed"], batch_sizes=sizes)
+        return Saved(Path(held["path"]), options, held)
+    except (KeyError, TypeError) as error:
+        raise GoldenError(f"{path}: damaged ({error!r}): run verify --json again") from error
 
 
 def read_unfinished(path: Path) -> Saved:

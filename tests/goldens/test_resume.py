@@ -168,9 +168,11 @@ def stopped(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         (lambda held: held.update(unfinished=None), "not interrupted"),
         (lambda held: held["unfinished"]["options"].update(odd=1), "cannot be resumed"),
         (lambda held: held["unfinished"]["done"]["trial/1"].clear(), "cannot be read"),
+        (lambda held: held.update(sweep=[1]), "damaged"),
+        (lambda held: held.update(path=[1]), "damaged"),
         (lambda held: _first(held).update(rows_compared=1), "trial/0 finds"),
     ],
-    ids=["golden", "policy", "torch", "native", "alone", "finished", "options", "part", "count"],
+    ids=["golden", "policy", "torch", "native", "alone", "finished", "options", "part", "sweep", "path", "count"],
 )
 def test_a_result_of_another_run_is_refused_with_the_reason(
     stopped: Path, capfd: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], Any], says: str

@@ -113,8 +113,11 @@ def _of_model(
     alone = run(target, [own])
     for size in [edge for edge in EDGES if edge < len(batch)]:
         for got, wanted in zip(run(target, [own] * size), alone, strict=True):
-            whole = {"tensor": wanted["tensor"].expand_as(got["tensor"])} if "tensor" in wanted else None
-            if whole is not None and ranks.any(compare(got, whole).differing > 0):
+            one = wanted.get("tensor")
+            if one is None or "tensor" not in got or got["tensor"].shape != (size, *one.shape[1:]):
+                continue  # results whose shape is another with each batch
+            whole = {"tensor": one.expand_as(got["tensor"])}
+            if ranks.any(compare(got, whole).differing > 0):
                 return replace(found, cause=replace(found.cause, batch=size, requests=[first.request]))
     return replace(found, cause=replace(found.cause, batch=len(batch), requests=sorted(set(trial.batch))))
 

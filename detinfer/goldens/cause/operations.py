@@ -171,8 +171,11 @@ Run = Callable[["Watch"], None]
 """What is watched; it may set the mode's ``call``."""
 
 
-class Found(Exception):
-    """Ends a run whose rest is of no interest; on several ranks it ends the watching alone."""
+class Found(BaseException):
+    """Ends a run whose rest is of no interest; on several ranks it ends the watching alone.
+
+    No Exception: a module that catches those goes on otherwise, and whoever runs one takes them for the module's own.
+    """
 
 
 def watch(run: Run, seen: Seen | None = None, ranks: Ranks = ALONE) -> list[Key]:
