@@ -10,16 +10,20 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+import detinfer
 from detinfer import bits
 from detinfer.errors import DetinferError, TargetError
 from detinfer.goldens import tree
 from detinfer.goldens.tree import Node
 from detinfer.models.targets import device_of
+
+_OWN, _TORCH = (Path(str(package.__file__)).parent for package in (detinfer, torch))
 
 Around = Callable[[int], AbstractContextManager[Any]]
 """``around(step)`` is entered for the forward pass of each step."""
@@ -112,10 +116,13 @@ def _run_module(target: Target, batch: Sequence[Request], around: Around) -> Nod
     with around(0):
         try:
             output = target.module(*args, **kwargs)
-        except (DetinferError, AssertionError, MemoryError):
+        except DetinferError:
             raise
         except Exception as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]
+            frames = traceback.extract_tb(error.__traceback__)
+            if Path(frames[-1].filename).is_relative_to(_OWN):
+                raise  # a fault of detinfer's, and no answer of the module's
+            at = next((f for f in reversed(frames) if not Path(f.filename).is_relative_to(_TORCH)), frames[-1])
             raise TargetError(
                 f"target {target.spec}: its forward raised {type(error).__name__}: {error} (line {at.lineno} of "
                 f"{at.filename}) on a batch of {len(batch)}; a module has to take batches of any size"

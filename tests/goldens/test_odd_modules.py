@@ -23,6 +23,14 @@ class Raises(nn.Module):
         return x * 2
 
 
+class Asserts(nn.Module):
+    """As models say what they take."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dim() == 2, "rows of words"
+        return x
+
+
 class Missing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found: dict[str, torch.Tensor] = {}
@@ -74,6 +82,10 @@ def missing() -> tuple[nn.Module, list[torch.Tensor]]:
     return _with(Missing())
 
 
+def asserts() -> tuple[nn.Module, list[torch.Tensor]]:
+    return _with(Asserts())
+
+
 def writes() -> tuple[nn.Module, list[torch.Tensor]]:
     return _with(Writes())
 
@@ -92,7 +104,12 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says", "rows"), [("raises", "ValueError: only one", 2), ("missing", "KeyError: 'scale'", 1)]
+    ("name", "says", "rows"),
+    [
+        ("raises", "ValueError: only one", 2),
+        ("missing", "KeyError: 'scale'", 1),
+        ("asserts", "AssertionError: rows of words", 1),
+    ],
 )
 def test_a_forward_that_raises(
     name: str, says: str, rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -68,9 +68,8 @@ def confirmed(one: Operation, many: Operation, differs: Differs, parts: Callable
     if (ran := kernels(forced)) != kernels(many):
         return f"with zeros in the others' place other kernels run ({'; '.join(ran)}): not confirmed"
     place, (left, right) = differs.place, differs.pair
-    given_shapes = [t.shape for t in many.results]
     again = forced()
-    if [t.shape for t in again] != given_shapes:
+    if [t.shape for t in again] != [t.shape for t in many.results]:
         return "with zeros in the others' place it gives a result of another shape: what the others hold decides"
     got = again[place][right]
     if bits.count_mismatches(got, many.results[place][right]) == 0:
