@@ -251,7 +251,7 @@ def work(connection: Connection, job: Job, loaded: Loaded | None = None) -> None
         while True:
             task = connection.recv()
             connection.send((own.run(task), own.alone))
-    except EOFError:
+    except (EOFError, ConnectionError):  # closed, or closed while something was on its way
         return
     except DetinferError as error:
         _send(connection, error)
