@@ -20,6 +20,7 @@ WIDEST = 256
 LOG2E = math.log2(math.e)
 _SCANNED = 16384  # a mask up to here is read by the decode kernel itself
 _HOPPER_ROWS = 128  # of a tile: 64 for each of two groups of warps
+_LEAST_SCALE = 2.0**-100  # of ``prefill``, where a masked score times the scale has to stay -inf
 _FEW_ROWS = 16  # the least rows of a tile on the matrix unit
 
 FILLED: float | None = None
@@ -337,7 +338,7 @@ def _cut(
     tiles = -(-queries // (rows // group)) * batch * kv_heads
     if path is None and (queries == 1 or few == 1 or (few <= 8 and tiles < 64 and n_keys >= 4 * kernels.least)):
         path = "decode"
-    if path is None and _plain(q, k, v, keys, wide // group, n_keys, kernels):
+    if path is None and c >= _LEAST_SCALE and _plain(q, k, v, keys, wide // group, n_keys, kernels):
         path = "prefill"
     if path == "decode" and mask is not None and heads > 1 and mask.stride(1) != 0 and group > 1:
         group, share, kv_heads = 1, group, heads  # each head has a mask of its own

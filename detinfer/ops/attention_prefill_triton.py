@@ -19,24 +19,23 @@ from detinfer.ops.attention_triton import (
 
 @triton.jit
 def _steps(
-    q, KD, VD, batch, kv, lo, hi, length, end, c, m, z, acc, top, total, out,
-    DP: tl.constexpr, DVP: tl.constexpr, MASKED: tl.constexpr,
+    q, KD, VD, batch, kv, full, hi, length, end, c, m, z, acc, top, total, out,
+    DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of keys from ``lo`` to ``hi``; splits are merged where the next one begins."""
-    for n0 in range(lo, hi, BLOCK):
+    """The blocks of keys up to ``hi``, those from ``full`` on with a look at which row sees what; splits are merged where
+    the next one begins. One loop, so that its pipeline fills once: a second one for the last blocks cost a short row more
+    than the blocks did."""
+    for n0 in range(0, hi, BLOCK):
         k = tl.reshape(KD.load([batch, kv, n0, 0]), (BLOCK, DP))
         s = tl.dot(q, tl.trans(k))
-        if MASKED:
-            visible = (n0 + tl.arange(0, BLOCK))[None, :] < end[:, None]
-            s = tl.where(visible, s, float("-inf"))
+        if n0 >= full:
+            s = tl.where((n0 + tl.arange(0, BLOCK))[None, :] < end[:, None], s, float("-inf"))
         highest = tl.max(s, 1)
         highest = tl.where(highest == float("-inf"), highest, highest * c)
         fresh = (n0 & (length - 1)) == 0
         new = tl.maximum(tl.where(fresh, float("-inf"), m), highest)
         base = _exponent(new)
-        p = tl.exp2(tl.fma(s, c, -base[:, None]))
-        if MASKED:
-            p = tl.where(visible, p, 0.0)
+        p = tl.exp2(tl.fma(s, c, -base[:, None]))  # 0 where masked: c is not 0 here
         sums = _row_sum(p, p.shape[0])
         p = p.to(q.dtype)
         a = tl.exp2(m - base)
@@ -82,17 +81,14 @@ def prefill(
     z = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DVP), tl.float32)
     top, total, out = m, z, acc
-    m, z, acc, top, total, out = _steps(
-        q, KD, VD, batch, head // SHARE, 0, full, split, i, c, m, z, acc, top, total, out, DP, DVP, False
-    )
-    r = tl.arange(0, BM)
-    i = (tile + nil) * (BM // G) + r // G
     end = tl.zeros((BM,), tl.int32) + LK
     if CAUSAL:
         end = tl.minimum(i + shift + 1, LK)
     m, z, acc, top, total, out = _steps(
-        q, KD, VD, batch, head // SHARE, full, hi, split, end, c, m, z, acc, top, total, out, DP, DVP, True
+        q, KD, VD, batch, head // SHARE, full, hi, split, end, c, m, z, acc, top, total, out, DP, DVP
     )
+    r = tl.arange(0, BM)
+    i = (tile + nil) * (BM // G) + r // G
     top, total, out = _merge(top, total, out, m, z, acc)
     o, lse = _finish(top, total, out, top, False)
     ov = tl.arange(0, DVP)

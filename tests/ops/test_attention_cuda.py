@@ -272,6 +272,9 @@ def test_layouts_and_refusals() -> None:
     same(sdpa(*(t.mT.contiguous().mT for t in (query, key, value))), want, "columns")
     same(sdpa(query[0], key[0], value[0]), want[0], "three dimensions")
     same(sdpa(query, key, value, scale=-0.125), reference(-query, key, value), "a negative scale")
+    square = query, key[:, :, :33], value[:, :, :33]
+    flat = sdpa(*square, is_causal=True, scale=0.0)  # a masked score times 0 would be NaN
+    same(flat, reference(*square, causal_mask(33, 33), scale=0.0), "a scale of 0")
     same(sdpa(query, key[:, :, :0], value[:, :, :0]), torch.zeros_like(want), "no keys")
     with pytest.raises(UnsupportedDtype, match="float64"):
         sdpa(query.double(), key.double(), value.double())
