@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from detinfer import deterministic
+from detinfer.bits import count_mismatches
 from detinfer.goldens import axes, captured
 from detinfer.goldens.axes import Walk
 from detinfer.goldens.cause.find import find
@@ -198,7 +199,33 @@ def really(kind: str) -> bool:
         return torch.cuda.is_current_stream_capturing()
     if kind == "streams":
         return torch.cuda.current_stream() != torch.cuda.default_stream()
-    return torch.compiler.is_compiling() if kind == "compiled" else on.get(kind, False)
+    return bool(torch.compiler.is_compiling() if kind == "compiled" else on.get(kind, False))
+
+
+def halved(module: Any, kind: str) -> None:
+    """A layer that cuts its sums in two in runs of that kind."""
+    layer = module.get_submodule(GATE)
+    sound = layer.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not really(kind):
+            return sound(x)
+        half = x.shape[-1] // 2
+        return F.linear(x[..., :half], layer.weight[:, :half]) + F.linear(x[..., half:], layer.weight[:, half:])
+
+    layer.forward = forward
+
+
+def test_what_is_compiled_runs_as_it_was_written() -> None:
+    """A fault that only compiled code has is not reached under a policy; without one the same function has it."""
+    on.clear()
+    given = small(torch.float32, "cpu")
+    halved(given[0].module, "compiled")
+    assert diverged(given, "compiled") is None
+    ids = torch.tensor([given[1][0].tokens])
+    whole = given[0].module(input_ids=ids).logits
+    cut = torch.compile(lambda ids: given[0].module(input_ids=ids).logits, backend="eager")(ids)
+    assert count_mismatches(cut, whole) > 0
 
 
 @pytest.mark.gpu
@@ -210,24 +237,14 @@ def really(kind: str) -> bool:
         ("graph", "graph", "Linear", "bits differ only under the graph's replay"),
         ("graph", "static", LINEAR, "run eagerly, the same steps differ too"),
         ("streams", "streams", "Linear", "bits differ only on other streams"),
-        ("compiled", "compiled", "Linear", "bits differ only as compiled"),
     ],
 )
 def test_a_plant_is_located_on_a_gpu(name: str, kind: str, operation: str, note: str) -> None:
-    """Real graphs, streams, pages and compiled functions: sound first, then a layer that cuts its sums in two there."""
+    """Real graphs, streams and pages: sound first, then a layer that cuts its sums in two there."""
     on.clear()
     given = small(torch.bfloat16, "cuda")
     assert diverged(given, name) is None
-    layer = given[0].module.get_submodule(GATE)
-    sound = layer.forward
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if not really(kind):
-            return sound(x)
-        half = x.shape[-1] // 2
-        return F.linear(x[..., :half], layer.weight[:, :half]) + F.linear(x[..., half:], layer.weight[:, half:])
-
-    layer.forward = forward
+    halved(given[0].module, kind)
     first = diverged(given, name)
     assert first is not None and first.axis.startswith(f"{name}: ")
     found = located(given, first)

@@ -15,6 +15,7 @@ from detinfer.goldens.cause.first import Differs
 from detinfer.goldens.cause.kernels import confirmed, kernels, launched
 from detinfer.goldens.cause.locate import by_batch
 from detinfer.goldens.cause.operations import Key, Operation
+from detinfer.ops.matmul_cuda_proof import operands
 
 ROW, BATCH = 2, 5
 
@@ -113,14 +114,13 @@ def test_grids_of_a_trace() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_kernels_of_a_product_on_a_gpu() -> None:
     """cuBLAS splits k for few rows and not for many: the kernels have grids, and the shapes decide."""
-    draw = torch.Generator("cuda").manual_seed(3)
-    x = (torch.randint(-127, 128, (256, 4096), generator=draw, device="cuda") / 64).bfloat16()
-    weight = (torch.randint(-127, 128, (4096, 2048), generator=draw, device="cuda") / 64).bfloat16()
+    x, weight = operands(256, 1280, 8192, torch.bfloat16, torch.device("cuda", 0))
+    weight = weight.t()
     mm = torch.ops.aten.mm.default
     alone, among = (
         Operation(Key("aten::mm", "layer", 0), mm, (given, weight), {}, [mm(given, weight)]) for given in (x[:16], x)
     )
-    pair: Pair = ((slice(0, 16), slice(0, 2048)), (slice(0, 16), slice(0, 2048)))
+    pair: Pair = ((slice(0, 16), slice(0, 1280)), (slice(0, 16), slice(0, 1280)))
     assert bits.count_mismatches(alone.results[0], among.results[0][:16]) > 0, (
         "cuBLAS takes the same order at 16 and 256 rows"
     )

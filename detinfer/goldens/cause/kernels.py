@@ -30,7 +30,8 @@ def kernels(run: Operation) -> list[str]:
     from torch.profiler import ProfilerActivity, profile
 
     run()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+    # acc_events: without it torch warns of cycles that there are none of here.
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as seen:
         run()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
