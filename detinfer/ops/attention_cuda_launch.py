@@ -19,15 +19,14 @@ WIDEST = 256
 
 LOG2E = math.log2(math.e)
 _SCANNED = 16384  # a mask up to here is read by the decode kernel itself
-_HOPPER_ROWS = 128  # of a tile: 64 for each of two groups of warps
 _LEAST_SCALE = 2.0**-100  # of ``prefill``, where a masked score times the scale has to stay -inf
 _FEW_ROWS = 16  # the least rows of a tile on the matrix unit
 
-FILLED: float | None = None
-"""Programs of decode on a multiprocessor that are enough: a launch that has more lets each take several splits of its
-row. None: each takes one, which is what was measured."""
-LONGEST = 1024
-"""Keys up to which they do: on more, a program's start and end are little, and the last to start would run alone."""
+FILLED = 3.8
+"""Programs of decode for each multiprocessor that are enough, where three fit at a time: a launch that has more lets each
+take several splits of its row, whose start and end it then has once. Measured on an H200 (docs/reference/benchmarks.md)."""
+CROWDED = 32
+"""Programs for each multiprocessor from which that gains nothing: others always run while one starts."""
 Span = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -52,23 +51,6 @@ def kernels_of_triton() -> Any:
         block=attention_triton.BLOCK.value,
         least=attention_triton.LEAST.value,
         most=attention_triton.MOST.value,
-    )
-
-
-@functools.cache
-def hopper_of_triton() -> Any:
-    """``prefill_hopper`` and how K and V are described to it; None where this Triton's Gluon is another."""
-    try:
-        from triton.experimental.gluon.language import NVMMASharedLayout
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-        from detinfer.ops.attention_prefill_hopper import prefill_hopper
-    except (ImportError, AttributeError):
-        return None
-    layout = NVMMASharedLayout(128, 16, rank=4)
-    return SimpleNamespace(
-        prefill=prefill_hopper,
-        descriptor=lambda t, shape, strides, block: TensorDescriptor(t, shape, strides, block, layout),
     )
 
 
@@ -116,11 +98,14 @@ class Deal:
 BY_RULE = Deal()
 
 
-def _each(rows: int, splits: int, length: int, enough: float) -> int:
-    """Splits that a program takes where ``rows`` rows have ``splits`` of ``length`` keys each: doubled while they are no
-    more than LONGEST keys and ``enough`` programs are left."""
+def _each(rows: int, splits: int, processors: int) -> int:
+    """Splits that a program takes where ``rows`` rows have ``splits`` each: doubled while enough programs are left."""
     each = 1
-    while each < splits and 2 * each * length <= LONGEST and rows * -(-splits // (2 * each)) >= enough:
+    while (
+        rows * splits <= CROWDED * processors
+        and each < splits
+        and rows * -(-splits // (2 * each)) >= FILLED * processors
+    ):
         each *= 2
     return min(each, splits)
 
@@ -145,7 +130,7 @@ def _large(depth: int, dtype: torch.dtype) -> Shape:
 def _few(depth: int, dtype: torch.dtype) -> Shape:
     if dtype is torch.float32:
         return Shape(_FEW_ROWS, 4, 1)
-    return Shape(_FEW_ROWS, 2, 3) if depth <= 128 else Shape(_FEW_ROWS, 4, 2)
+    return Shape(_FEW_ROWS, 2 if depth <= 128 else 4, 2)
 
 
 def _power(count: int) -> int:
@@ -175,9 +160,8 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[B, H, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, Dv] (a paged cache: [pages, Hkv, page, D]) with contiguous rows.
 
-    ``stride`` is the result's, contiguous unless given. ``path`` holds the call to ``tiles``, ``prefill``,
-    ``prefill_hopper`` or ``decode``; left out, ``prefill_hopper`` is never chosen: nobody has measured it yet. ``deal``
-    holds decode to its numbers.
+    ``stride`` is the result's, contiguous unless given. ``path`` holds the call to ``tiles``, ``prefill`` or ``decode``,
+    ``deal`` decode to its numbers.
     """
     _check_devices(q, k, v, keys)
     q, k, v = (t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
@@ -266,9 +250,8 @@ class Launch:
         kernels = kernels_of_triton()
         to_lse = q if lse is None else lse  # q: a pointer that is not followed
         if self.tiles:
-            of = hopper_of_triton() if self.kernel == "prefill_hopper" else kernels
-            described = [of.descriptor(t, *how) for t, how in zip((k, v), self.tiles, strict=True)]
-            self._run(of.prefill, (q, k, v, *described, out, to_lse))
+            described = [kernels.descriptor(t, *how) for t, how in zip((k, v), self.tiles, strict=True)]
+            self._run(kernels.prefill, (q, k, v, *described, out, to_lse))
             self._prove(q, k, v, keys)
             return out, lse
         mask = keys.added
@@ -349,22 +332,11 @@ def _cut(
         "G": group, "SHARE": share, "D": depth, "DV": value_depth, "DP": padded(depth), "DVP": padded(value_depth),
         "CAUSAL": keys.causal, "WANT_LSE": launch.want_lse, "enable_fp_fusion": False,
     }  # fmt: skip
-    if launch.kernel in ("prefill", "prefill_hopper"):
-        hopper = launch.kernel == "prefill_hopper"
-        if hopper:
-            wide = _HOPPER_ROWS
-            if (why := _not_for_hopper(q, k, v, keys, wide // group, n_keys, kernels)) is not None:
-                raise RefusedError(f"{NAME}: path prefill_hopper does not take this call: {why}; leave path out")
-        tiles, heads_of_keys = -(-queries // (wide // group)), batch * kv_heads
+    if launch.kernel == "prefill":
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.stride[:3])
-        if hopper:
-            launch.grid = (min(_multiprocessors(q.device), tiles * heads_of_keys), 1)
-            launch.numbers = (tiles, heads_of_keys, kv_heads, heads, queries, n_keys, keys.shift, c, *strides)
-            launch.constants |= {"BM": wide, "num_warps": large.warps, "STAGES": 4 if padded(deepest) > 64 else 6}
-        else:
-            launch.grid = (tiles, heads_of_keys)
-            launch.numbers = (kv_heads, heads, queries, n_keys, keys.shift, 0, c, *strides)
-            launch.constants |= {"BM": wide, "num_warps": large.warps, "num_stages": large.stages}
+        launch.grid = (-(-queries // (wide // group)), batch * kv_heads)
+        launch.numbers = (kv_heads, heads, queries, n_keys, keys.shift, 0, c, *strides)
+        launch.constants |= {"BM": wide, "num_warps": large.warps, "num_stages": large.stages}
         launch.tiles = (_described(k, kernels.block), _described(v, kernels.block))
         return
     scan = launch.kernel == "decode" and mask is not None and n_keys <= _SCANNED
@@ -397,23 +369,24 @@ def _cut(
     longest = kernels.least << 9  # where the kernels' _split_length ends: beyond it a row has more splits
     programs = batch * kv_heads * few
     splits = max(min(kernels.most, -(-n_keys // kernels.least)), -(-n_keys // longest))
-    length = min(max(kernels.least, _power(-(-n_keys // kernels.most))), longest)
     each, several = min(deal.each, splits), deal.each > 1
     if not deal.each:
         each, several = 1, False
-        if FILLED is not None and q.dtype is not torch.float32:  # whose products leave no register for more
-            enough = FILLED * _multiprocessors(q.device)
-            each = _each(programs, splits, length, enough)
-            # As a row of the most and shortest splits has it, whatever this one's: rows grow, and other machine code must
-            # not be made in the middle of a generation.
-            several = _each(programs, kernels.most, kernels.least, enough) > 1
+        if q.dtype is not torch.float32:  # whose products leave no register for more
+            processors = _multiprocessors(q.device)
+            each = _each(programs, splits, processors)
+            # If any length of these rows has several: rows grow, and other machine code must not be made in the middle of
+            # a generation.
+            several = any(_each(programs, n, processors) > 1 for n in range(2, kernels.most + 1))
     pieces = -(-splits // each)
     launch.grid = (pieces, programs)
     launch.work = (programs, pieces * each, group * positions, padded(value_depth))
     launch.numbers = (*launch.numbers[:7], each, *launch.numbers[7:])
+    of_tile = max(few_shape.rows, _power(group * positions))
+    warps = few_shape.warps if of_tile < 64 else max(few_shape.warps, 4)  # two would keep their sums in local memory
     launch.constants |= {
-        "BM": max(few_shape.rows, _power(group * positions)), "POSITIONS": positions, "SCAN": scan, "SEVERAL": several,
-        "num_warps": deal.warps or few_shape.warps, "num_stages": deal.stages or few_shape.stages,
+        "BM": of_tile, "POSITIONS": positions, "SCAN": scan, "SEVERAL": several,
+        "num_warps": deal.warps or warps, "num_stages": deal.stages or few_shape.stages,
     }  # fmt: skip
 
 
@@ -438,19 +411,6 @@ def _plain(
             return False
         longer *= 2
     return True
-
-
-def _not_for_hopper(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys, positions: int, n_keys: int, kernels: Any
-) -> str | None:
-    """Why ``prefill_hopper`` does not take the call, or None."""
-    if hopper_of_triton() is None:
-        return "this Triton's Gluon is not the one that it is written in (3.6 or 3.7)"
-    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] != 9:
-        return "it is for GPUs of compute capability 9"
-    if not _plain(q, k, v, keys, positions, n_keys, kernels) or padded(v.shape[3]) > padded(q.shape[3]):
-        return "it takes 16-bit dense K and V as the copy engine reads them, without a mask, and values no deeper than keys"
-    return None
 
 
 def _described(t: torch.Tensor, block: int) -> list[Any]:

@@ -21,7 +21,7 @@ from detinfer.ops.attention_cuda import (
     reference,
     scaled_dot_product_attention,
 )
-from detinfer.ops.attention_cuda_launch import Keys, hopper_of_triton
+from detinfer.ops.attention_cuda_launch import Keys
 from detinfer.ops.attention_cuda_proof import by_path, causal_mask, check_close, stress
 
 pytestmark = pytest.mark.gpu
@@ -37,12 +37,6 @@ def same(got: torch.Tensor, want: torch.Tensor, where: str = "") -> None:
 
 def differ(got: torch.Tensor, want: torch.Tensor) -> None:
     assert first_mismatch(got.cpu(), want.cpu()) is not None, "these inputs would not show a wrong order"
-
-
-def hopper() -> tuple[str, ...]:
-    """The path that is for one kind of GPU, where this is one."""
-    here = torch.cuda.get_device_capability()[0] == 9 and hopper_of_triton() is not None
-    return ("prefill_hopper",) if here else ()
 
 
 def sdpa(*inputs: Any, **options: Any) -> torch.Tensor:
@@ -70,7 +64,7 @@ def test_depths_and_kernels(depth: int, dtype: torch.dtype) -> None:
         check_close(want, inputs, mask, f"depth {depth}")
         differ(reference(*inputs, mask, backwards=True), want)
         differ(reference(*inputs, mask, split=128), want)
-        for path in ("tiles", "prefill", *hopper())[: None if depth <= 128 and depth % 8 == 0 else 1]:
+        for path in ("tiles", "prefill")[: None if depth <= 128 and depth % 8 == 0 else 1]:
             same(by_path(inputs, Keys(None, True), path), want, path)
         for at in (0, 63, 255, 256, 599):
             row = (query[:, :, at : at + 1], key[:, :, : at + 1], value[:, :, : at + 1])
@@ -91,7 +85,7 @@ def test_heads_of_two_depths(depth: int, value_depth: int, dtype: torch.dtype) -
     want = reference(query, key, value, causal)
     check_close(want, (query, key, value), causal, f"{depth} and {value_depth}")
     differ(reference(query, key, value, causal, backwards=True), want)
-    paths = ("tiles", "prefill", *hopper()) if depth % 8 == value_depth % 8 == 0 and depth <= 128 else ("tiles",)
+    paths = ("tiles", "prefill") if depth % 8 == value_depth % 8 == 0 and depth <= 128 else ("tiles",)
     for path in paths:
         same(by_path((query, key, value), Keys(None, True, 230), path), want, path)
     same(by_path((query[:, :, -1:], key, value), Keys(), "decode"), want[:, :, -1:], "decode")

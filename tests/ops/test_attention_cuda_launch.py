@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import functools
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,12 +71,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
         least=256,
         most=16,
     )
-    hopper = SimpleNamespace(
-        prefill=Kernel("prefill_hopper", made), descriptor=lambda t, *how: (t.data_ptr(), *how, "swizzled")
-    )
     space = torch.zeros(1 << 22)
     monkeypatch.setattr(attention_cuda_launch, "kernels_of_triton", lambda: kernels)
-    monkeypatch.setattr(attention_cuda_launch, "hopper_of_triton", lambda: hopper)
+    monkeypatch.setattr(attention_cuda_launch, "_multiprocessors", lambda _: 132)
     monkeypatch.setattr(attention_cuda_launch, "_check_devices", lambda *_: None)
     monkeypatch.setattr(attention_cuda_launch, "workspace", lambda *work: (space, space, space, space))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
@@ -201,42 +195,6 @@ def test_rows_of_a_tile_have_splits_of_one_length(calls: list[tuple[Any, ...]]) 
     assert plan(*inputs(queries=400, keys=300), Keys(None, True, -100), 1.0, None, False).kernel == "tiles"
 
 
-def test_a_path_that_is_asked_for(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """``prefill_hopper`` takes what ``prefill`` takes, in tiles of 128 rows; what it does not take is refused with the reason."""
-    monkeypatch.setattr(attention_cuda_launch, "_multiprocessors", lambda _: 100)
-    named = functools.partial(plan, scale=1.0, stride=None, want_lse=False, path="prefill_hopper")
-    tensors = inputs(queries=1000, depth=96)
-    launch = named(*tensors, Keys(None, True))
-    launch.start(*tensors, Keys(None, True))
-    name, grid, given, constants = calls[0]
-    assert (name, grid) == ("prefill_hopper", (100, 1)) and constants["BM"] == 128
-    assert given[7:9] == [-(-1000 // 32), 4]
-    few = inputs(queries=40, depth=96)
-    assert named(*few, Keys(None, True)).grid == (8, 1), "no program without a tile"
-    assert given[3][-1] == given[4][-1] == "swizzled"
-    assert len(given) + len(launch.constants) - 2 == len(
-        prefill_parameters()
-    )  # enable_fp_fusion and num_warps are none
-    for refused, keys in (
-        (inputs(queries=300, depth=256), Keys(None, True)),
-        (inputs(queries=300), Keys(torch.ones(2, 8, 300, 1000, dtype=torch.bool))),
-        (tuple(t.float() for t in inputs(queries=300)), Keys(None, True)),
-        (inputs(queries=400, keys=4465, batch=1), Keys(None, True, 4065)),
-    ):
-        with pytest.raises(RefusedError, match="copy engine"):
-            named(*refused, keys)
-    monkeypatch.setattr(attention_cuda_launch, "hopper_of_triton", lambda: None)
-    with pytest.raises(RefusedError, match="Gluon"):
-        named(*tensors, Keys(None, True))
-
-
-def prefill_parameters() -> list[str]:
-    """The parameters of the kernel as its source has them: Triton may not be installed here."""
-    source = Path(attention_cuda_launch.__file__).with_name("attention_prefill_hopper.py").read_text()
-    found = next(f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef) and f.name == "prefill_hopper")
-    return [a.arg for a in found.args.args]
-
-
 def test_few_rows_of_a_long_sequence_are_split(calls: list[tuple[Any, ...]]) -> None:
     launch = plan(*inputs(queries=3, keys=9000, batch=1), Keys(None, True, 8997), 1.0, None, False)
     assert (launch.kernel, launch.grid) == ("decode", (16, 6))
@@ -250,7 +208,7 @@ def test_few_rows_of_a_long_sequence_are_split(calls: list[tuple[Any, ...]]) -> 
 
 
 def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One, unless told otherwise; by the rule as many as leave the chip filled; and one kernel for rows that grow."""
+    """As many as leave the chip filled, none where it is crowded, what it is told; and one kernel for rows that grow."""
 
     def dealt(keys: int, batch: int = 8, deal: Deal = attention_cuda_launch.BY_RULE) -> tuple[Any, ...]:
         launch = plan(*inputs(heads=8, kv_heads=8, keys=keys, batch=batch), Keys(), 1.0, None, False, None, deal)
@@ -258,7 +216,7 @@ def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypat
         return launch.grid, launch.numbers[7], launch.constants["SEVERAL"]
 
     for keys, splits in ((200, 1), (1000, 4), (4096, 16), (9000, 16)):
-        assert dealt(keys) == ((splits, 64), 1, False)
+        assert dealt(keys, deal=Deal(1)) == ((splits, 64), 1, False)
         assert dealt(keys, deal=Deal(4)) == ((-(-splits // 4), 64), min(4, splits), True)
     shape = plan(*inputs(), Keys(), 1.0, None, False, None, Deal(2, 8, 5)).constants
     assert (shape["num_warps"], shape["num_stages"]) == (8, 5)
@@ -267,18 +225,21 @@ def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypat
         proved = [plan(*inputs(), Keys(), 1.0, None, False, None, d) for d in attention_cuda_variants._deals(launch)]
         assert [made.numbers[7] for made in proved] == [min(count, 4) for count in counts]
         assert all(made.constants == launch.constants for made in proved), "the proof is of other machine code"
-    monkeypatch.setattr(attention_cuda_launch, "_multiprocessors", lambda _: 132)
-    monkeypatch.setattr(attention_cuda_launch, "FILLED", 1.9)
-    # 64 rows: 256 programs are left of 16 splits each, and 128 would be too few; short rows have none to give, and long
-    # ones have splits of 512 and of 1024 keys.
-    assert [dealt(keys) for keys in (200, 1000, 1100, 2048, 4096, 4097, 9000)] == [
-        ((1, 64), 1, True), ((4, 64), 1, True), ((5, 64), 1, True), ((4, 64), 2, True), ((4, 64), 4, True),
-        ((8, 64), 2, True), ((16, 64), 1, True),
+    # 132 multiprocessors: 502 programs are enough, and from 4224 on it is crowded.
+    assert [dealt(keys) for keys in (200, 1000, 1100, 2048, 4096, 4097, 100000)] == [
+        ((1, 64), 1, True), ((4, 64), 1, True), ((5, 64), 1, True), ((8, 64), 1, True), ((8, 64), 2, True),
+        ((8, 64), 2, True), ((8, 64), 2, True),
     ]  # fmt: skip
-    assert dealt(4096, batch=64) == ((4, 512), 4, True) and dealt(1000, batch=64) == ((1, 512), 4, True)
-    assert dealt(4096, batch=1) == ((16, 8), 1, False)
+    assert [dealt(keys, batch=64) for keys in (200, 1024, 2048, 2304, 4096)] == [
+        ((1, 512), 1, True), ((1, 512), 4, True), ((1, 512), 8, True), ((9, 512), 1, True), ((16, 512), 1, True),
+    ]  # fmt: skip
+    assert dealt(4096, batch=1) == ((16, 8), 1, False) and dealt(4096, batch=4) == ((16, 32), 1, False)
+    monkeypatch.setattr(attention_cuda_launch, "_multiprocessors", lambda _: 16)
+    assert dealt(4096, batch=1) == ((8, 8), 2, True), "a smaller chip is filled sooner"
     float32 = [t.float() for t in inputs(heads=8, kv_heads=8, keys=4096, batch=64)]
     assert not plan(float32[0], float32[1], float32[2], Keys(), 1.0, None, False).constants["SEVERAL"]
+    many = plan(*inputs(heads=128, kv_heads=2, keys=4096, batch=64), Keys(), 1.0, None, False).constants
+    assert (many["BM"], many["num_warps"]) == (64, 4)
 
 
 def test_refusals_and_functions_of_their_own(calls: list[tuple[Any, ...]]) -> None:

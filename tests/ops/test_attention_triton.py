@@ -5,7 +5,6 @@ Compiled, or run by Triton's interpreter: nothing here runs on a GPU, and none o
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -20,8 +19,6 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from triton.experimental.gluon import language as gluon  # noqa: E402
-from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from detinfer.ops import attention_plain_triton, attention_prefill_triton, attention_triton  # noqa: E402
 
@@ -68,22 +65,6 @@ _TYPES = {"LSE": "*fp32", "TOPS": "*fp32", "TOTALS": "*fp32", "OUTS": "*fp32", "
 
 def compiled(name: str, target: Any) -> Any:
     kernel, constants = KERNELS[name]
-    return made(kernel, constants, target, ASTSource, "tensordesc<bf16[1, 1, 64, 64]>", num_stages=2)
-
-
-@functools.cache
-def compiled_for_hopper(depth: int) -> Any:
-    """``prefill_hopper``, or a skip where Triton's Gluon is another."""
-    hopper = pytest.importorskip(
-        "detinfer.ops.attention_prefill_hopper", reason="this Triton has no Gluon for Hopper", exc_type=ImportError
-    )
-    layout = gluon.NVMMASharedLayout(128, 16, rank=4)
-    constants = {**PREFILL, "D": depth, "DV": depth, "DP": depth, "DVP": depth, "BM": 128, "STAGES": 4}
-    described = f"tensordesc<bf16[1, 1, 64, {depth}],{layout!r}>"
-    return made(hopper.prefill_hopper, constants, NVIDIA, GluonASTSource, described)
-
-
-def made(kernel: Any, constants: dict[str, Any], target: Any, kind: Any, described: str, **options: int) -> Any:
     dtype = "bf16"
     types = {}
     for argument in kernel.arg_names:
@@ -92,7 +73,7 @@ def made(kernel: Any, constants: dict[str, Any], target: Any, kind: Any, describ
         elif argument in ("Q", "K", "V", "OUT", "SINKS"):
             types[argument] = f"*{dtype}"
         elif argument in ("KD", "VD"):
-            types[argument] = described
+            types[argument] = f"tensordesc<{dtype}[1, 1, 64, 64]>"
         elif argument in ("BIAS", "MASKS"):
             types[argument] = "*u8"
         elif argument == "SHARE":
@@ -106,8 +87,8 @@ def made(kernel: Any, constants: dict[str, Any], target: Any, kind: Any, describ
         if argument not in constants and (argument in "QKV" or re.fullmatch(r"OUTS?|[qkvo]_[bhin]|[kv]_page", argument))
     ]
     attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
-    source = kind(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"enable_fp_fusion": False, "num_warps": 4, **options})
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": False, "num_warps": 4, "num_stages": 2})
 
 
 @pytest.mark.parametrize("target", AMD, ids=lambda target: target.arch)
@@ -131,10 +112,10 @@ def test_nvidia(name: str) -> None:
     assert widths
 
 
-@pytest.mark.parametrize("name", [*KERNELS, "prefill_hopper"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_no_uniform_register_is_read_before_it_is_written(name: str, tmp_path: Path) -> None:
     """What the assembler of Triton 3.6 does wrong in tiles of 16 columns (``uniform_registers``)."""
-    text = sass(compiled_for_hopper(128) if name == "prefill_hopper" else compiled(name, NVIDIA), tmp_path)
+    text = sass(compiled(name, NVIDIA), tmp_path)
     assert text.count("MMA") >= 2 and not unwritten(text)
 
 
@@ -146,20 +127,6 @@ def sass(code: Any, folder: Path) -> str:
     file = folder / "kernel.cubin"
     file.write_bytes(code.asm["cubin"])
     return subprocess.run([tool, "--dump-sass", file], capture_output=True, text=True, check=True).stdout
-
-
-@pytest.mark.parametrize("depth", [64, 128])
-def test_prefill_on_hopper(depth: int, tmp_path: Path) -> None:
-    """Its registers are there for all three groups of warps, keys lie in one order in both products, and in each group's
-    loop the weights of a block are computed between V's product with those before and the wait for it."""
-    code = compiled_for_hopper(depth)
-    assert "wgmma.mma_async" in code.asm["ptx"] and "cp.async.bulk.tensor" in code.asm["ptx"]
-    assert set(re.findall(r"kWidth = (\d+)", code.asm["ttgir"])) == {"2"}
-    kept = [int(count) for count in re.findall(r"setmaxnreg.dec.sync.aligned.u32\s+(\d+)", code.asm["ptx"])]
-    assert 240 in kept and 24 in kept and 240 + 240 + 24 <= 512
-    loops = re.findall(rf"(?s)HGMMA\.64x{depth}x16[^\n]*gsb0(.*?)WARPGROUP\.DEPBAR\.LE gsb0, 0x0", sass(code, tmp_path))
-    beside = [part.count("MUFU.EX2") for part in loops if "DEPBAR.LE gsb0, 0x1" in part]
-    assert len(beside) == 4 and min(beside) >= 32, "a loop with a mask and one without, of each group"
 
 
 def test_a_lost_write_is_found() -> None:
