@@ -218,7 +218,7 @@ def _candidates(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> Ite
         yield from (Choice("stream", variant) for variant in _streams(m, n, processors) if variant < known)
         return
     for variant, width in enumerate(_SKINNY_ROWS):
-        if width <= 2 * m + 6 and m <= 2 * width:
+        if width <= 2 * m + 6 and m <= 3 * width:
             yield Choice("skinny", variant)
     if m <= _OWN_ROWS or not cublaslt.available():
         yield matmul_cuda.by_rule(m, x.dtype, x.device.index)
