@@ -1,4 +1,4 @@
-// fp32 on NVIDIA GPUs: the plain kernel and the choice of a block's shape. gpu/matmul_stream.h, gpu/matmul_chains.h and
+// fp32 on NVIDIA GPUs: the plain kernel and the shapes of block. gpu/matmul_stream.h, gpu/matmul_chains.h and
 // gpu/matmul_fp32.h have the fast ones.
 #include <type_traits>
 
@@ -69,24 +69,11 @@ int launch_chains(const GpuMatmulArgs& p, Stream stream) {
   return checked_matmul(last_error(), "launching the kernel for chains in fp32");
 }
 
-int run_stream(const GpuMatmulArgs& p, int64_t sms, Stream stream) {
+int run_stream(const GpuMatmulArgs& p, Stream stream) {
   if (!accelerates(p, 4))
     return refuse_matmul(kNotSupported, "matmul: the kernel for aligned fp32 takes no batches, k contiguous and rows on 16-byte "
                                         "boundaries, from compute capability 9.0 on; the tile path takes any");
-  int variant = p.variant;
-  if (variant < 0) {
-    const auto fills = [&](int64_t rows, int64_t columns) {
-      return (p.m + rows - 1) / rows * ((p.n + columns - 1) / columns) >= sms;
-    };
-    if (p.m <= 4) variant = p.m == 1 ? 0 : p.m == 2 ? 1 : 2;
-    else if (p.m <= 8) variant = fills(8, 32) ? 3 : 2;
-    else if (p.m <= 16) variant = fills(16, 32) ? 4 : 5;
-    else if (p.m <= 32) variant = fills(32, 32) ? 7 : 5;
-    else if (!fills(64, 32)) variant = p.m <= 64 ? 6 : 8;
-    else if (!fills(64, 64)) variant = p.m <= 128 ? 9 : 10;
-    else variant = fills(128, 128) ? 13 : 11;
-  }
-  switch (variant) {  // rows of x x columns of the result of a block, as detinfer/ops/matmul_cuda_proof.py has them
+  switch (p.variant) {  // rows of x x columns of the result of a block; detinfer/ops/matmul_blocks.py chooses
     case 0: return launch_stream<1, 32, 1, 1, 32, 4, 5, 4, 1, 1>(p, stream);
     case 1: return launch_stream<2, 32, 2, 1, 32, 4, 5, 4, 1, 1>(p, stream);
     case 2: return launch_stream<4, 32, 2, 1, 32, 4, 5, 4, 4, 1>(p, stream);
@@ -126,8 +113,8 @@ int run_fp32(const GpuMatmulArgs& p, Stream stream) {
     const dim3 blocks(static_cast<unsigned>((p.n + 31) / 32), static_cast<unsigned>(p.m < 65535 ? p.m : 65535));
     return in_batches(p, 4, blocks, [&](const GpuMatmulArgs& part, dim3 grid) { reference_fp32<<<grid, 32, 0, stream>>>(part); });
   }
+  if (p.path == static_cast<int32_t>(GpuMatmulPath::kStream)) return run_stream(p, stream);
   static const int sms = [] { int count = 0; return processors(&count) == kNoError ? count : 132; }();
-  if (p.path == static_cast<int32_t>(GpuMatmulPath::kStream)) return run_stream(p, sms, stream);
   int variant = p.variant;
   if (variant < 0) {
     const auto fills = [&](int64_t rows, int64_t columns) {

@@ -19,7 +19,7 @@ enum class GpuMatmulPath : int32_t {
 struct GpuMatmulArgs {
   int32_t dtype;    // DType: kFloat32, kBFloat16 or kFloat16
   int32_t path;     // GpuMatmulPath
-  int32_t variant;  // the shape of a block, or -1: by a rule. No choice changes a bit.
+  int32_t variant;  // the shape of a block, or -1: by a rule (kStream has none). No choice changes a bit.
   float alpha, beta;
   int32_t reserved;
   int64_t batch, m, n, k;

@@ -22,7 +22,7 @@ import torch
 
 from detinfer import native
 from detinfer.errors import NativeError, UnsupportedDtype, UsageError
-from detinfer.ops import cublaslt, matmul_store, matmul_table
+from detinfer.ops import cublaslt, matmul_blocks, matmul_store, matmul_table
 from detinfer.ops.matmul_forms import Forms
 from detinfer.ops.matmul_table import PIECE, Choice, Key
 from detinfer.ops.matmul_views import Views, linear_views
@@ -63,10 +63,12 @@ def kernel(
     variant: int = -1,
 ) -> Step:
     """A product on one of csrc's paths: x [(B,) M, K], w [(B,) N, K], c [(B,) M, N] or none, all of any strides, and out
-    contiguous. Of the tensors only shapes, strides and dtype are taken."""
+    contiguous. Of the tensors only shapes, strides, dtype and device are taken."""
     function, error = _function()
     *batch, m, k = x.shape
     n = w.shape[-2]
+    if path == "stream" and variant < 0:
+        variant = matmul_blocks.fastest(m, n, processors(x.device.index))
     fill = () if batch else (0,)
     head = _head.pack(
         *(native.DTYPES[x.dtype], PATHS[path], variant, alpha, beta, 0, batch[0] if batch else 1, m, n, k),
@@ -104,6 +106,12 @@ def streams(t: torch.Tensor) -> bool:
         and (rows == 1 or (step % unit == 0 and step >= k))
         and t.data_ptr() % 16 == 0
     )
+
+
+@functools.cache
+def processors(device: int) -> int:
+    """How many multiprocessors a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

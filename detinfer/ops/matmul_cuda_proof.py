@@ -18,6 +18,7 @@ from detinfer.bits import dtype_name, first_mismatch
 from detinfer.errors import Diverged, NativeError, UsageError, Vacuous
 from detinfer.ops import cublaslt, matmul_cuda, matmul_proof
 from detinfer.ops.evidence import Evidence
+from detinfer.ops.matmul_blocks import BLOCKS, candidates
 from detinfer.ops.matmul_table import DENSE, PIECE, Choice, Key, Table, use
 
 FP32_ROWS = (*range(1, 129), *range(256, 2049, 128))
@@ -29,17 +30,7 @@ TUNED_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024
 _SKINNY_ROWS = (8, 8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64)
 """Rows of x of a block of each of csrc's variants in bf16 and fp16."""
 
-_STREAM_ROWS = (1, 2, 4, 8, 16, 16, 16, 32, 32, 64, 64, 64, 128, 128)
-"""Rows of x of a block of each of csrc's first variants in fp32."""
-
-_CHAINS = ((4, 8), (4, 32), (16, 24), (32, 24), (32, 32), (32, 40), (32, 64), (64, 40), (64, 64), (64, 80), (128, 64),
-           (128, 80), (128, 128), (128, 160))  # fmt: skip
-"""Rows of x and columns of the result of a block of each of csrc's variants in fp32 after those."""
-
-CHAINS_RAN = False
-"""Whether those have run on a GPU: until then only tests start them, and no proof does."""
-
-VARIANTS = {"reference": 1, "skinny": len(_SKINNY_ROWS), "stream": len(_STREAM_ROWS) + len(_CHAINS), "tile": 3}
+VARIANTS = {"reference": 1, "skinny": len(_SKINNY_ROWS), "stream": len(BLOCKS), "tile": 3}
 """How many variants each path has; in fp32 ``tile`` has one more."""
 
 _ALGORITHMS = 8
@@ -213,9 +204,8 @@ def _candidates(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> Ite
     """What may be fast for x [m, k] times w [n, k]."""
     (m, k), n = x.shape, w.shape[0]
     if x.dtype is torch.float32:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        known = VARIANTS["stream"] if CHAINS_RAN else len(_STREAM_ROWS)
-        yield from (Choice("stream", variant) for variant in _streams(m, n, processors) if variant < known)
+        processors = matmul_cuda.processors(x.device.index)
+        yield from (Choice("stream", variant) for variant in candidates(m, n, processors))
         return
     for variant, width in enumerate(_SKINNY_ROWS):
         if width <= 2 * m + 6 and m <= 3 * width:
@@ -226,19 +216,6 @@ def _candidates(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> Ite
         problem = cublaslt.Problem(x.dtype, m, n, k, k, w.stride(0), 0 if c is None else c.data_ptr())
         found = cublaslt.Product(problem, x.device.index).algorithms(_ALGORITHMS)
         yield from (Choice("cublaslt_no_split", -1, algorithm) for algorithm in found)
-
-
-def _streams(m: int, n: int, processors: int) -> Iterator[int]:
-    """The variants of ``stream`` that may be fast for m rows and n columns on a GPU with so many processors."""
-    for variant, width in enumerate(_STREAM_ROWS):
-        if width <= 2 * m + 6 and (m <= 4 * width or width >= 64):
-            yield variant
-    for variant, (rows, columns) in enumerate(_CHAINS, len(_STREAM_ROWS)):
-        if rows > max(4, 1.5 * m) or (m > 6 * rows and rows < 64):
-            continue  # mostly empty, or many where fewer of more rows would do
-        blocks = -(-m // rows) * -(-n // columns)
-        if blocks >= processors / 2 and (blocks <= 6 * processors or rows * columns >= 128 * 80):
-            yield variant  # enough to go round, and no larger ones that would share more of what they read
 
 
 def _timed(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, repeats: int) -> Iterator[tuple[Choice, float]]:

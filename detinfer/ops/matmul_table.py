@@ -32,7 +32,7 @@ class Key(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A path, with the shape of a block of csrc's kernels (-1: by csrc's rule) or with cuBLASLt's algorithm."""
+    """A path, with the shape of a block of csrc's kernels (-1: by a rule) or with cuBLASLt's algorithm."""
 
     path: str
     variant: int = -1

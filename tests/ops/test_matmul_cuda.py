@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from detinfer.bits import first_mismatch
+from detinfer.bits import dtype_name, first_mismatch
 from detinfer.errors import Diverged, NativeError, UnsupportedDtype, UsageError
 from detinfer.ops import matmul_cuda, matmul_cuda_proof, matmul_store, matmul_table
 from detinfer.ops.evidence import from_values, to_values
@@ -22,6 +21,17 @@ HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32)
 SHAPES = ((16, 16), (49, 64), (100, 1000), (1280, 8192), (2890, 2880), (576, 1536), (7168, 512), (24576, 256))
 """(N, K): of few and of many blocks, of widths that are no multiple of a block, of a k that ends inside a chunk."""
+
+
+def _kernels() -> Iterator[tuple[torch.dtype, str, int]]:
+    for dtype in DTYPES:
+        single = dtype is torch.float32
+        for path, more in (("tile", int(single)), ("stream" if single else "skinny", 0)):
+            yield from ((dtype, path, variant) for variant in range(matmul_cuda_proof.VARIANTS[path] + more))
+
+
+KERNELS = list(_kernels())
+"""Every kernel of csrc but the plain one, by dtype, path and variant."""
 
 
 @pytest.fixture
@@ -45,7 +55,7 @@ def expect(found: torch.Tensor, expected: torch.Tensor, where: object = None) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_rows_do_not_depend_on_their_number(n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
     x, w = operands(130, n, k, dtype, device)
@@ -64,22 +74,19 @@ def test_rows_do_not_depend_on_their_number(n: int, k: int, dtype: torch.dtype, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "k"), [(1280, 8192), (300, 5000), (130, 1416), (576, 576)])
-def test_every_kernel_gives_the_same_bytes(n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
-    x, w = operands(515, n, k, dtype, device)
-    c = adversarial(515, n, dtype, device, 3)
-    expected = product(x, w, c, 0.75, -1.5, path="reference")
-    half = dtype is not torch.float32
-    variants = matmul_cuda_proof.VARIANTS
-    kernels = [("tile", v) for v in range(variants["tile"] + (not half))]
-    kernels += [(path, v) for path in (("skinny",) if half else ("stream",)) for v in range(variants[path])]
-    for path, variant in kernels:
+@pytest.mark.parametrize(("dtype", "path", "variant"), KERNELS, ids=lambda value: str(value).removeprefix("torch."))
+def test_every_kernel_gives_the_same_bytes(dtype: torch.dtype, path: str, variant: int, device: torch.device) -> None:
+    for n, k in ((1280, 8192), (300, 5000), (130, 1416), (576, 576)):
+        x, w = operands(515, n, k, dtype, device)
+        c = adversarial(515, n, dtype, device, 3)
+        expected = product(x, w, c, 0.75, -1.5, path="reference")
+        turned = product(x.flip(1), w.flip(1), c, 0.75, -1.5, path="reference")
+        assert first_mismatch(turned, expected) is not None, "these inputs would not show a wrong order"
         for rows in (1, 2, 7, 8, 15, 33, 64, 65, 100, 129, 511, 512, 515):
             if path == "skinny" and rows > matmul_cuda.SKINNY_ROWS:
                 continue
             found = product(x[:rows], w, c[:rows], 0.75, -1.5, path=path, variant=variant)
-            expect(found, expected[:rows], (path, variant, rows))
+            expect(found, expected[:rows], (n, k, rows))
 
 
 @pytest.mark.gpu
@@ -97,7 +104,7 @@ def test_fp32_is_one_chain_of_fmas(k: int, device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("rows", [40, 200])
 def test_any_strides_and_a_bias(dtype: torch.dtype, rows: int, device: torch.device) -> None:
     x, w = operands(rows, 300, 640, dtype, device)
@@ -123,7 +130,7 @@ def test_any_strides_and_a_bias(dtype: torch.dtype, rows: int, device: torch.dev
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_batches_are_products_of_their_own(dtype: torch.dtype, device: torch.device) -> None:
     a, _ = operands(5 * 37, 8, 2100, dtype, device)
     _, b = operands(8, 5 * 60, 2100, dtype, device)
@@ -149,7 +156,7 @@ def test_batches_are_products_of_their_own(dtype: torch.dtype, device: torch.dev
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("op", list(COVERED))
 def test_each_operation_has_a_proof(op: str, dtype: torch.dtype) -> None:
     cases, results = prove(op, dtype)
@@ -157,7 +164,7 @@ def test_each_operation_has_a_proof(op: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
 @pytest.mark.parametrize(("n", "k", "bias"), [(576, 576, True), (1280, 8192, True), (4096, 4096, False)])
 def test_a_shape_is_proved_at_every_number_of_rows(
     n: int, k: int, bias: bool, dtype: torch.dtype, device: torch.device
@@ -206,7 +213,7 @@ def test_a_kernel_with_another_order_is_not_proved(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_it_runs_inside_a_graph(dtype: torch.dtype, device: torch.device) -> None:
     x, w = operands(200, 512, 2560, dtype, device)
     expected = linear(x, w)
@@ -324,46 +331,6 @@ def test_fp32_streams_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     key = matmul_table.Key(7, 20, torch.float32, 20, False, None)  # type: ignore[arg-type]
     matmul_table.use([matmul_table.Table(key, (4096,), (matmul_table.Choice("stream", 3),), 0, (128,), 1)])
     assert seen.plan(x, w) == [("stream", 3000)]
-
-
-def test_variants_of_fp32_are_those_of_csrc() -> None:
-    source = (Path(__file__).parents[2] / "csrc/matmul_fp32.cu").read_text()
-    cases = re.findall(r"case (\d+): return launch_(stream|chains)<(\d+), (\d+), ", source)
-    rows, chains = matmul_cuda_proof._STREAM_ROWS, matmul_cuda_proof._CHAINS
-    assert [int(number) for number, *_ in cases] == list(range(matmul_cuda_proof.VARIANTS["stream"]))
-    assert [int(x) for _, kernel, x, _ in cases if kernel == "stream"] == list(rows)
-    assert [(int(x), int(w)) for _, kernel, x, w in cases if kernel == "chains"] == list(chains)
-    assert all(kernel == "stream" for _, kernel, *_ in cases[: len(rows)]), (
-        "numbers in a machine's tables keep their meaning"
-    )
-
-
-def test_what_is_timed_in_fp32_suits_the_rows_and_the_columns() -> None:
-    """On an H200, whose 132 processors some blocks were made for: there each of them is timed, and few others are."""
-    first = len(matmul_cuda_proof._STREAM_ROWS)
-
-    def timed(m: int, n: int) -> list[tuple[int, int]]:
-        found = list(matmul_cuda_proof._streams(m, n, 132))
-        assert found == sorted(set(found)), "each once, and in csrc's order: the first of two alike is taken"
-        assert any(variant < first for variant in found), "a shape that suits none of the chains' blocks has others"
-        return [matmul_cuda_proof._CHAINS[variant - first] for variant in found if variant >= first]
-
-    made_for = {
-        (1, 1280): (4, 8), (1, 4096): (4, 32), (32, 1280): (16, 24), (64, 1280): (32, 24), (128, 1280): (32, 40),
-        (256, 1280): (64, 40), (512, 1280): (64, 80), (2048, 1280): (128, 160), (32, 4096): (32, 32), (64, 4096): (32, 64),
-        (128, 4096): (64, 64), (256, 4096): (128, 64), (512, 4096): (128, 128), (32, 5120): (32, 40), (256, 5120): (128, 80),
-    }  # fmt: skip
-    for (m, n), block in made_for.items():
-        assert block in timed(m, n), (m, n)
-        assert -(-m // block[0]) * -(-n // block[1]) <= 160, "a block made for a shape: about one for each processor"
-    assert set(made_for.values()) == set(matmul_cuda_proof._CHAINS)
-    for n in (576, 1280, 4096, 5120, 24576, 128256):
-        assert sum(len(timed(m, n)) for m in matmul_cuda_proof.TUNED_ROWS if m <= 2048) <= 90, n
-    assert (
-        timed(1, 24576) == [(4, 32)]
-        and timed(1, 64) == []
-        and timed(2048, 24576) == [(128, 80), (128, 128), (128, 160)]
-    )
 
 
 def test_what_lies_badly_is_copied_where_that_pays() -> None:
