@@ -73,12 +73,12 @@ MEASURED = """
 2880 5120 1024: 27=678.6 25=720.7 11=762.7 26=797
 2880 5120 2048: 26=1336.1 27=1351.7 13=1412 25=1426.2
 """
-"""K, N and rows: microseconds by variant, those within 1.3 of the fastest. One H200, torch 2.11.0, CUDA 13.0, 2026-11-23."""
+"""K, N and rows: microseconds by variant, those within 1.3 of the fastest. One H200, torch 2.11.0, 2026-11-23."""
 
 DERIVED = {(4096, 24576, 96): 20, (4096, 24576, 192): 23}
-"""Where the rule takes a variant that was not timed with so many blocks. From its times with fewer: 768 blocks of variant 20
-took 314 us and 384 of them 169, so 1152 take at most 483 (the fastest that was timed: 606); 616 of variant 23 took 606 and
-308 took 370 by the times of its waves, so 924 at most 976 (962)."""
+"""Where the rule takes a variant that was not timed with so many blocks. From its times with fewer: 768 blocks of variant
+20 took 314 us and 384 of them 169, so 1152 take at most 483 (the fastest that was timed: 606); 616 of variant 23 took
+606 and 308 took 370 by the times of its waves, so 924 at most 976 (962)."""
 
 
 def measured() -> dict[tuple[int, int, int], dict[int, float]]:
@@ -115,7 +115,7 @@ def test_the_rule_is_within_a_tenth_of_the_fastest() -> None:
 
 
 def test_a_proof_times_the_fastest_and_few_others() -> None:
-    """All but a block that was the fastest nowhere are timed somewhere; on other GPUs there are about as many candidates."""
+    """All but one that was the fastest nowhere are timed somewhere; on other GPUs there are about as many candidates."""
     every = measured()
     for (k, n, rows), times in every.items():
         timed = candidates(rows, n, 132)
