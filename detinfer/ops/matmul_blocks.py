@@ -1,8 +1,8 @@
 """Shapes of block of fp32's fast kernels on a GPU (csrc/matmul_fp32.cu): which suits a product, which a proof times.
 
 A block computes ``rows`` rows of x times ``columns`` columns of the result over all of k, which cannot be cut: so a
-product takes as long as the processors need to go through its blocks in waves. What a wave takes was measured for each shape of
-block; counting waves tells the shapes of a product apart. No choice here changes a bit.
+product takes as long as the processors need to go through its blocks in waves. What a wave takes was measured for each
+shape of block; counting waves tells the shapes of a product apart. No choice here changes a bit.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ class Block(NamedTuple):
     """A shape of block and what waves of it take, in microseconds for 4096 of k.
 
     ``alone``: the one wave of a product that has at most one block for each processor. ``full``: a wave in which
-    processors hold several, up to ``held``. ``last``: at most one block for each processor, after full waves; small blocks end so
-    close together that processors take the last ones in pairs, which is as slow as a full wave.
+    processors hold several, up to ``held``. ``last``: at most one block for each processor, after full waves; small
+    blocks end so close together that processors take the last ones in pairs, which is as slow as a full wave.
     """
 
     rows: int
@@ -34,21 +34,22 @@ BLOCKS = (
     Block(64, 40, 2, 104, 163, 163), Block(64, 64, 3, 229, 325, 325), Block(128, 40, 2, 285, 285, 285),
     Block(128, 128, 1, 403, 403, 403),
     Block(4, 8, 2, 12, 12, 12), Block(4, 32, 2, 20, 21, 21), Block(16, 24, 2, 24, 45, 45),
-    Block(32, 24, 2, 26.5, 50, 50), Block(32, 32, 2, 34, 62, 62), Block(32, 40, 2, 41, 75, 75), Block(32, 64, 2, 59, 59, 108),
-    Block(64, 40, 2, 72, 65, 135), Block(64, 64, 2, 109, 151, 204), Block(64, 80, 2, 127, 122, 242),
+    Block(32, 24, 2, 26.5, 50, 50), Block(32, 32, 2, 34, 62, 62), Block(32, 40, 2, 41, 75, 75),
+    Block(32, 64, 2, 59, 59, 108), Block(64, 40, 2, 72, 65, 135), Block(64, 64, 2, 109, 151, 204),
+    Block(64, 80, 2, 127, 122, 242),
     Block(128, 64, 1, 323, 323, 323), Block(128, 80, 1, 254, 254, 254), Block(128, 128, 1, 383, 383, 383),
     Block(128, 160, 1, 475, 475, 475),
 )  # fmt: skip
-"""csrc's variants of ``stream`` by number. Times are rounded from the medians of four layers at 15 numbers of rows, on one
-H200, torch 2.11.0 (CUDA 13.0), 2026-11-23; where reading the weight hides the waves, the least. Where one of the first 14 was
-not the fastest of those with so few blocks, the time of its fuller waves stands for the lesser one."""
+"""csrc's variants of ``stream`` by number. Times are rounded from the medians of four layers at 15 numbers of rows,
+on one H200, torch 2.11.0 (CUDA 13.0), 2026-11-23; where reading the weight hides the waves, the least. Where one of the
+first 14 was not the fastest of those with so few blocks, the time of its fuller waves stands for the lesser one."""
 
 _NEAR = 1.25  # how far the fastest of what was measured lay above the least estimate at most
 _MOST = 8  # where there are many rows and columns, nearly all large blocks are near one another
 
 
 def estimate(block: Block, m: int, n: int, processors: int) -> float:
-    """Microseconds for 4096 of k, for m rows and n columns. One that m or n does not fill takes as long as a full one."""
+    """Microseconds for 4096 of k, m rows and n columns. A block that these do not fill takes as long as a full one."""
     waves, rest = divmod(-(-m // block.rows) * -(-n // block.columns), block.held * processors)
     if rest == 0:
         return waves * block.full

@@ -78,7 +78,7 @@ MEASURED = """
 DERIVED = {(4096, 24576, 96): 20, (4096, 24576, 192): 23}
 """Where the rule takes a variant that was not timed with so many blocks. From its times with fewer: 768 blocks of variant
 20 took 314 us and 384 of them 169, so 1152 take at most 483 (the fastest that was timed: 606); 616 of variant 23 took
-606 and 308 took 370 by the times of its waves, so 924 at most 976 (962)."""
+606 and 308 take 370 by the times of its waves, so 924 at most 976 (962)."""
 
 
 def measured() -> dict[tuple[int, int, int], dict[int, float]]:
@@ -115,7 +115,7 @@ def test_the_rule_is_within_a_tenth_of_the_fastest() -> None:
 
 
 def test_a_proof_times_the_fastest_and_few_others() -> None:
-    """All but one that was the fastest nowhere are timed somewhere; on other GPUs there are about as many candidates."""
+    """All but one that was the fastest nowhere are timed somewhere; on other GPUs there are about as many."""
     every = measured()
     for (k, n, rows), times in every.items():
         timed = candidates(rows, n, 132)
