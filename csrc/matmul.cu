@@ -66,7 +66,7 @@ template <class T, int RW, int TW, int NT, int S, int KC> int launch_skinny(cons
 template <class T> int run_skinny(const GpuMatmulArgs& p, Stream stream) {
   if (p.m > kSkinnyRows || !accelerates(p, 8))
     return refuse_matmul(kNotSupported, "matmul: the kernel for few rows takes at most 512 rows, no batches, with k contiguous and "
-                                        "rows on 16-byte boundaries, from compute capability 9.0 on; the tile path takes any");
+                                        "rows on 16-byte boundaries, compute capability 9 or 10; the tile path takes any");
   static const int sms = [] { int count = 0; return processors(&count) == kNoError ? count : 132; }();
   const int64_t tiles = (p.n + 15) / 16;
   int variant = p.variant;

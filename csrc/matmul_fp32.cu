@@ -72,7 +72,7 @@ int launch_chains(const GpuMatmulArgs& p, Stream stream) {
 int run_stream(const GpuMatmulArgs& p, Stream stream) {
   if (!accelerates(p, 4))
     return refuse_matmul(kNotSupported, "matmul: the kernel for aligned fp32 takes no batches, k contiguous and rows on 16-byte "
-                                        "boundaries, from compute capability 9.0 on; the tile path takes any");
+                                        "boundaries, compute capability 9 or 10; the tile path takes any");
   switch (p.variant) {  // rows of x x columns of the result of a block; detinfer/ops/matmul_blocks.py chooses
     case 0: return launch_stream<1, 32, 1, 1, 32, 4, 5, 4, 1, 1>(p, stream);
     case 1: return launch_stream<2, 32, 2, 1, 32, 4, 5, 4, 1, 1>(p, stream);

@@ -97,16 +97,17 @@ static inline bool describe_boxes(CUtensorMap* map, const void* at, int64_t rows
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Whether this device has it and these operands suit it.
+// Whether this device has it, and the shared memory that blocks here take (compute capability 9 and 10 do, 12 does not), and
+// these operands suit it.
 static inline bool accelerates(const GpuMatmulArgs& p, int64_t elements_of_16_bytes) {
-  static const int major = [] {
-    int device = 0, found = 0;
-    const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                       cudaDeviceGetAttribute(&found, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess;
-    return known ? found : 0;
+  static const bool has = [] {
+    int device = 0, major = 0, shared = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9 &&
+           cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess && shared >= 227 << 10;
   }();
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
-  return major >= 9 && p.batch == 1 && p.x_k == 1 && p.w_k == 1 && (p.m == 1 || p.x_m % elements_of_16_bytes == 0) &&
+  return has && p.batch == 1 && p.x_k == 1 && p.w_k == 1 && (p.m == 1 || p.x_m % elements_of_16_bytes == 0) &&
          (p.n == 1 || p.w_n % elements_of_16_bytes == 0) && p.k % elements_of_16_bytes == 0 && aligned(p.x) && aligned(p.w);
 }
 
