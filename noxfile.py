@@ -76,7 +76,7 @@ def hip(session: nox.Session) -> None:
     # Triton is among the tools; without them these tests are skipped.
     tools = (*session.posargs[:1], os.environ.get("DETINFER_HIP_TOOLS") or "build/hip")[0]
     path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH"), str(Path(tools).resolve())) if p)
-    tests = [f"tests/ops/test_{name}.py" for name in ("attention_triton", "attention_deal", "moe_triton")]
+    tests = [f"tests/ops/test_{name}.py" for name in ("attention_triton", "attention_deal", "matmul_triton")]
     session.run("python", "-m", "pytest", *tests, env={"PYTHONPATH": path})
 
 

@@ -1,8 +1,8 @@
 """Mixture of experts on NVIDIA GPUs: top-k, products of many experts in one launch, and the sum over a token's experts.
 
 The order is that of ``detinfer/ops/moe.py`` with products as csrc/moe_gpu.h has them: bf16 and fp16 on the matrix unit, one
-accumulator over k, so that the bits are a GPU's and not the CPU's. What is not a product (top-k, the sum over places) has
-the CPU's bits. Nothing depends on how many tokens an expert got, no call waits for the device or allocates outside torch:
+accumulator over k, so that the bits are a GPU's and not the CPU's. They run on csrc's tiles or, where there are many tokens, on
+``matmul_wide``, with the same bytes. What is not a product (top-k, the sum over places) has the CPU's bits. Nothing depends on how many tokens an expert got, no call waits for the device or allocates outside torch:
 all of it runs inside the capture of a CUDA graph. fp32 runs as the composed form does, one expert after another.
 """
 
@@ -18,6 +18,7 @@ import torch
 
 from detinfer import native
 from detinfer.errors import NativeError, RefusedError, UnsupportedDtype, UsageError
+from detinfer.ops import matmul_wide
 from detinfer.ops.moe import Experts, take
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -26,9 +27,11 @@ TILE_ROWS = (16, 32, 64, 128)
 
 MOST_EXPERTS = MOST_CHOICES = 1024
 PATHS = {"reference": 0, "tile": 1}
-"""csrc's paths and their codes; beside them there is ``wide``, of moe_triton, which nothing chooses: it was never timed."""
+"""csrc's paths and their codes; beside them there is ``wide``, of ``matmul_wide``."""
 
-WIDE_ROWS, _WIDE_COLUMNS = (64, 128), 256
+WIDE_EACH, WIDE_LARGE = 4, 64
+"""Assignments per expert from which ``wide`` runs, and from which its tiles have 128 rows: as it was measured on an H200,
+where it was the faster path at every size tried, the least of them 128 assignments and 4 per expert."""
 
 _group = struct.Struct("@3Pq2i")  # GpuMoeGroup of csrc/moe_gpu.h, and so on
 _product = struct.Struct("@4i10q7P")
@@ -78,9 +81,22 @@ class Groups:
         _run("group", _group.pack(*pointers, count, experts, self.tile_rows), chosen.device)
 
 
+def _each(assignments: int, experts: int) -> int:
+    """Assignments per expert, if they are spread evenly: what both rules look at, since the true counts are on the device."""
+    return assignments // max(min(experts, assignments), 1)
+
+
 def _tile_rows(assignments: int, experts: int) -> int:
-    each = assignments // max(min(experts, assignments), 1)
+    each = _each(assignments, experts)
     return next((rows for rows in TILE_ROWS if each <= rows), TILE_ROWS[-1])
+
+
+def wide_rows(assignments: int, experts: int) -> int:
+    """Rows of the tiles of ``wide`` for so many assignments; 0 where csrc's tiles are to run."""
+    each = _each(assignments, experts)
+    if assignments < matmul_wide.LEAST_ROWS or each < WIDE_EACH:
+        return 0
+    return matmul_wide.ROWS[each >= WIDE_LARGE]
 
 
 def product(
@@ -91,13 +107,14 @@ def product(
     *,
     unrounded: bool = False,
     places: int = 1,
-    path: str = "tile",
+    path: str | None = None,
 ) -> torch.Tensor:
     """x [tokens, K] times the assigned experts' weights [experts, N, K] (any strides): [assignments, N].
 
     Row a of the result is token a / ``places`` times its expert, plus the bias [experts, N]; in the dtype of x, or fp32
-    if ``unrounded``. Without ``groups`` all rows go to expert 0. Raises UnsupportedDtype for other dtypes than bf16 and
-    fp16 and UsageError for shapes.
+    if ``unrounded``. Without ``groups`` all rows go to expert 0. ``path`` holds the product to ``reference``, ``tile`` or
+    ``wide``, proved or not; left out, ``wide`` runs in tiles that it takes, where its code is proved. Raises UnsupportedDtype
+    for other dtypes than bf16 and fp16 and UsageError for shapes.
     """
     if x.dtype not in HALVES or weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
         raise UnsupportedDtype(
@@ -112,49 +129,29 @@ def product(
         bias = bias.contiguous()
     rows = tokens * places
     out = torch.empty((rows, n), dtype=torch.float32 if unrounded else x.dtype, device=x.device)
-    tile_rows = _tile_rows(rows, 1) if groups is None else groups.tile_rows
     most = 0 if groups is None else groups.most_tiles
     chosen, order, tiles = (None, None, None) if groups is None else (groups.chosen, groups.order, groups.tiles)
+    tile_rows = _tile_rows(rows, 1) if groups is None else groups.tile_rows
     if path == "wide":
-        wide(x, weight, bias, order, tiles, out, places, tile_rows if groups is not None else WIDE_ROWS[-1], most)
+        large = tile_rows if groups is not None else matmul_wide.ROWS[-1]
+        matmul_wide.held(x, weight, bias, order, tiles, out, places, large, most)
         return out
+    large = wide_rows(rows, 1) if groups is None else tile_rows
+    if path is None and large in matmul_wide.ROWS and rows and n:
+        code = matmul_wide.find(x, weight, bias, out.dtype, large, groups is not None)
+        if code is not None:
+            at = (x.data_ptr(), weight.data_ptr(), *map(_pointer, (bias, order, tiles, out)))
+            numbers = (rows, places, n, k, x.stride(0), *weight.stride())
+            with torch.cuda.device(x.device):
+                code.start(at, numbers, torch._C._cuda_getCurrentRawStream(x.device.index), most)
+            return out
     args = _product.pack(
-        *(native.DTYPES[x.dtype], PATHS[path], tile_rows, unrounded, rows, places, n, k, most),
+        *(native.DTYPES[x.dtype], PATHS[path or "tile"], tile_rows, unrounded, rows, places, n, k, most),
         *(x.stride(0), *weight.stride(), n, x.data_ptr(), weight.data_ptr(), _pointer(bias)),
         *(_pointer(chosen), _pointer(order), _pointer(tiles), out.data_ptr()),
     )
     _run("product", args, x.device)
     return out
-
-
-def wide(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    order: torch.Tensor | None,
-    tiles: torch.Tensor | None,
-    out: torch.Tensor,
-    places: int,
-    tile_rows: int,
-    most_tiles: int,
-) -> None:
-    """``product`` into ``out`` by moe_triton, from assignments as ``Groups`` sorts and cuts them."""
-    from detinfer.ops import moe_triton
-
-    if tile_rows not in WIDE_ROWS:
-        raise UsageError(f"experts: the wide path takes tiles of 64 or 128 rows, not {tile_rows}")
-    (rows, n), k = out.shape, x.shape[1]
-    across = weight.stride(1) == 1 and weight.stride(2) != 1
-    count = most_tiles if tiles is not None else -(-rows // tile_rows)
-    if not count or not n:
-        return
-    moe_triton.wide[(count, -(-n // _WIDE_COLUMNS))](
-        x, weight, x if bias is None else bias, x if order is None else order, x if tiles is None else tiles, out,
-        rows, places, n, k, x.stride(0), *weight.stride(),
-        BM=tile_rows, BN=_WIDE_COLUMNS, GROUPED=tiles is not None, BIASED=bias is not None,
-        EVEN=k % moe_triton.DEPTH.value == 0, ACROSS=across,
-        enable_fp_fusion=False, num_warps=tile_rows // 16, num_stages=3,
-    )  # fmt: skip
 
 
 def combine(
@@ -184,16 +181,22 @@ def experts(
     shared: torch.Tensor | None = None,
     *,
     tile_rows: int | None = None,
-    path: str = "tile",
+    path: str | None = None,
 ) -> torch.Tensor:
-    """``moe.experts`` in bf16 or fp16 on a GPU; ``tile_rows`` and ``path`` hold it to a kernel: for tests.
+    """``moe.experts`` in bf16 or fp16 on a GPU; ``tile_rows`` and ``path`` hold it to a kernel: for tests. Which one runs
+    follows from shapes and layouts alone, and from whether a graph is captured before ``wide`` was proved for them.
 
     An expert outside of 0 .. experts - 1 makes its token NaN. Raises RefusedError for more than 1,024 experts.
     """
     if not len(x):
         return torch.empty((0, layer.down.shape[1 if not layer.transposed else 2]), dtype=x.dtype, device=x.device)
     up, down = (w.mT if layer.transposed else w for w in (layer.up, layer.down))
-    groups = Groups(chosen, len(up), tile_rows or (WIDE_ROWS[-1] if path == "wide" else None))
+    large = wide_rows(chosen.numel(), len(up))
+    if path == "wide":
+        tile_rows = tile_rows or large or matmul_wide.ROWS[-1]
+    elif path is None and tile_rows is None and large and matmul_wide.available(x.device.index):
+        tile_rows = large if matmul_wide.takes(up) and matmul_wide.takes(down) else None
+    groups = Groups(chosen, len(up), tile_rows)
     inner = layer.gate(product(x, up, layer.up_bias, groups, places=groups.places, path=path))
     found = product(inner, down, layer.down_bias, groups, unrounded=True, path=path)
     found = found.view(*groups.chosen.shape, found.shape[1])

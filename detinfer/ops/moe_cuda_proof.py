@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from detinfer.errors import Diverged
-from detinfer.ops import moe_cuda
+from detinfer.ops import matmul_wide, moe_cuda
 from detinfer.ops.evidence import REFERENCE_NAME, Evidence, from_values
 from detinfer.ops.moe import choices, take
 from detinfer.reference import moe as reference
@@ -78,8 +78,17 @@ def prove_experts(dtype: torch.dtype) -> tuple[int, bytes]:
             if unrounded and torch.equal(turned.view(torch.int32), expected.view(torch.int32)):
                 raise Diverged("detinfer::experts: the inputs of its proof would not show a wrong order; report it")
             for rows in moe_cuda.TILE_ROWS:
-                found = moe_cuda.product(x, w, bias, moe_cuda.Groups(chosen, experts, rows), **given)
+                found = moe_cuda.product(x, w, bias, moe_cuda.Groups(chosen, experts, rows), path="tile", **given)
                 evidence.expect(found.cpu(), expected, f"{k} -> {n}, tiles of {rows}")
+    x, w, _ = operands(150, 5, 192, 272, dtype)  # as ``wide`` takes them, whose code is proved on its way
+    chosen = torch.from_numpy(np.random.default_rng(1).integers(0, 4, (150, 2))).cuda()
+    for unrounded in (False, True):
+        cut = [moe_cuda.Groups(chosen, 5, rows) for rows in matmul_wide.ROWS]
+        given = {"unrounded": unrounded, "places": 2}
+        expected = moe_cuda.product(x, w, None, cut[0], path="reference", **given).cpu()
+        for group in cut:
+            found = moe_cuda.product(x, w, None, group, **given)
+            evidence.expect(found.cpu(), expected, f"many tokens, tiles of {group.tile_rows}")
     weights, found, shared = numbers(5, 40, 4), numbers(6, 40, 4, 50), numbers(7, 40, 50)
     found[:, 3] = -found[:, 0]
     weights[:, 3] = weights[:, 0] * (1 + 2.0**-19)

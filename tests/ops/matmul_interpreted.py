@@ -1,6 +1,6 @@
 """The products of many experts in Triton's interpreter, on integers small enough that every sum is exact: prints what differs.
 
-A program of its own (``test_moe_triton``), since Triton chooses the interpreter when it is imported. It shows which rows meet
+A program of its own (``test_matmul_triton``), since Triton chooses the interpreter when it is imported. It shows which rows meet
 which weights and where results go, whatever the order; bits of inexact sums are a GPU's matter.
 """
 
@@ -14,7 +14,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from detinfer.ops.moe_cuda import wide
+from detinfer.ops import matmul_wide
+
+matmul_wide.BAND = 2  # of fewer tiles than these products have
 
 
 def cut(chosen: torch.Tensor, experts: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -55,7 +57,9 @@ for tokens, experts, k, n, across, rows in (
                 chosen.zero_()
             order, tiles, most = cut(chosen, experts, rows)
             out = torch.full((tokens * places, n), float("nan"))
-            wide(x, w, bias, order if grouped else None, tiles if grouped else None, out, places, rows, most)
+            matmul_wide.held(
+                x, w, bias, order if grouped else None, tiles if grouped else None, out, places, rows, most
+            )
             name = f"{tokens} tokens, {experts} experts, {k} -> {n}, tiles of {rows}, {across=}, {biased=}, {grouped=}"
             wrong = 0
             for a, expert in enumerate(chosen.flatten().tolist()):

@@ -1,10 +1,9 @@
 # mypy: ignore-errors
 # ruff: noqa: SIM108 -- a branch on a constant is an if statement in Triton
-"""The products of many experts in Triton, for experts with many tokens: on Hopper they go through ``wgmma``, which
-csrc/gpu/moe_tile.h does not use. The order is csrc/moe_gpu.h's: one fp32 accumulator, k ascending, then the bias.
+"""``wide``: products of many rows in Triton, of one weight or of many experts': on Hopper they go through ``wgmma``, which
+csrc's tiles do not use. The order is csrc/matmul_gpu.h's: one fp32 accumulator, k ascending, then the bias.
 
-``wide`` takes the groups that ``moe_cuda.Groups`` has made: a program has one tile of BM assignments of one expert and BN of
-its columns. Triton's language is not Python's typing: mypy leaves this file out.
+``matmul_wide`` starts it. Triton's language is not Python's typing: mypy leaves this file out.
 """
 
 import triton
@@ -17,18 +16,27 @@ DEPTH = tl.constexpr(64)
 @triton.jit(do_not_specialize=("assignments", "places"))
 def wide(
     X, W, BIAS, ORDER, TILES, OUT, assignments, places, N, K, x_row, w_expert, w_n, w_k,
-    BM: tl.constexpr, BN: tl.constexpr, GROUPED: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr,
-    ACROSS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, GROUPED: tl.constexpr, BIASED: tl.constexpr,
+    EVEN: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Columns of x W^T for BM assignments. GROUPED: those of a tile of TILES; else all go to expert 0. EVEN: K is whole
-    stages. ACROSS: the weights' columns are contiguous, not their k."""
-    tile = tl.program_id(0)
+    """BN columns of x W^T for BM assignments. GROUPED: those of a tile of TILES; else all go to expert 0. EVEN: K is whole
+    stages. ACROSS: the weights' columns are contiguous, not their k. Programs go down BAND tiles before the next columns, so
+    that those which run together share what the second cache holds."""
+    program = tl.program_id(0)
+    columns = tl.cdiv(N, BN)
+    tall = tl.cdiv(assignments, BM)
+    if GROUPED:
+        tall = tl.load(TILES)
+        if program >= tall * columns:
+            return
+    band = program // (BAND * columns)
+    within = program - band * BAND * columns
+    high = tl.minimum(tall - band * BAND, BAND)
+    tile = band * BAND + within % high
     expert = 0
     first = tile * BM
     end = assignments
     if GROUPED:
-        if tile >= tl.load(TILES):
-            return
         expert = tl.load(TILES + 1 + 3 * tile)
         first = tl.load(TILES + 2 + 3 * tile)
         end = tl.load(TILES + 3 + 3 * tile)
@@ -37,7 +45,7 @@ def wide(
     a = tl.minimum(at, end - 1)  # rows past the end are the last one's, and are not stored
     if GROUPED:
         a = tl.load(ORDER + a)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    n = within // high * BN + tl.arange(0, BN)
     known = n < N
     column = tl.minimum(n, N - 1)
     k = tl.arange(0, DEPTH)
