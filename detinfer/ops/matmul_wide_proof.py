@@ -102,7 +102,7 @@ def compare(code: Code, given: Inputs) -> int:
     """How many results of ``code`` were compared with the plain kernel's."""
     kind, (x, weight, bias, groups, places) = code.kind, given
     n, rows = weight.shape[1], len(x) * places
-    out = torch.empty((rows + kind.tile_rows, n), dtype=kind.out, device=x.device)
+    out = _room(kind, given)
     as_int = {2: torch.int16, 4: torch.int32}[out.element_size()]
     out.view(as_int).fill_(-1)
     order, tiles, most = (x, x, 0) if groups is None else (groups.order, groups.tiles, groups.most_tiles)
@@ -121,9 +121,15 @@ def compare(code: Code, given: Inputs) -> int:
     return want.numel()
 
 
+def _room(kind: Kind, given: Inputs) -> torch.Tensor:
+    """For the results, and a tile behind them that nothing may write to."""
+    rows = len(given.x) * given.places + kind.tile_rows
+    return torch.empty((rows, given.weight.shape[1]), dtype=kind.out, device=given.x.device)
+
+
 def _make(kind: Kind, given: Inputs) -> Any:
     """What Triton makes of the kernel for the inputs' kind, started once."""
     x, weight, bias, groups, places = given
-    out = torch.empty((len(x) * places, weight.shape[1]), dtype=kind.out, device=x.device)
+    out = _room(kind, given)[: len(x) * places]
     order, tiles, most = (None, None, 0) if groups is None else (groups.order, groups.tiles, groups.most_tiles)
     return matmul_wide.held(x, weight, bias, order, tiles, out, places, kind.tile_rows, most)

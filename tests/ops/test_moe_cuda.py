@@ -12,7 +12,7 @@ import torch
 from detinfer import bits
 from detinfer.bits import first_mismatch
 from detinfer.errors import RefusedError, UnsupportedDtype, UsageError
-from detinfer.ops import matmul_cuda, moe, moe_cuda, moe_cuda_proof
+from detinfer.ops import matmul_cuda, matmul_wide, moe, moe_cuda, moe_cuda_proof
 from detinfer.ops.moe_cuda_proof import numbers, operands
 from detinfer.reference import moe as reference
 
@@ -71,8 +71,8 @@ def test_a_token_does_not_see_the_others(name: str, dtype: torch.dtype) -> None:
     assert bool(torch.isfinite(whole).all())
     assert torch.unique(whole.float().cpu(), dim=0).shape[0] == tokens, "tokens differ from each other"
     for rows in moe_cuda.TILE_ROWS:
-        expect(moe_cuda.experts(x, chosen, weights, layer, tile_rows=rows), whole, f"tiles of {rows}")
-    for rows in moe_cuda.WIDE_ROWS:
+        expect(moe_cuda.experts(x, chosen, weights, layer, tile_rows=rows, path="tile"), whole, f"tiles of {rows}")
+    for rows in matmul_wide.ROWS:
         expect(moe_cuda.experts(x, chosen, weights, layer, tile_rows=rows, path="wide"), whole, f"wide tiles of {rows}")
     expect(moe.experts(x, chosen, weights, layer), whole, "the rule's own tiles")
     for count in itertools.chain(range(1, 41), (64, 95)):
@@ -83,6 +83,90 @@ def test_a_token_does_not_see_the_others(name: str, dtype: torch.dtype) -> None:
     expect(moe_cuda.experts(x[order], chosen[order], weights[order], layer), whole[order], "another order")
     turned = moe_cuda.experts(x, chosen.roll(1, 1), weights.roll(1, 1), layer)
     assert places(name) == 2 or first_mismatch(turned.cpu(), whole.cpu()) is not None, "the order would not show"
+
+
+class Started:
+    """Records the tiles of each start of ``wide``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[int] = []
+        start = matmul_wide.Code.start
+        monkeypatch.setattr(
+            matmul_wide.Code, "start", lambda code, *args: (self.rows.append(code.kind.tile_rows), start(code, *args))
+        )
+
+    def during(self, call: Any, *args: Any) -> tuple[Any, set[int]]:
+        self.rows.clear()
+        return call(*args), set(self.rows)
+
+
+needs_wide = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="wide runs on capability 9"
+)
+
+
+@needs_wide
+@pytest.mark.parametrize("dtype", HALVES, ids=bits.dtype_name)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_many_tokens_run_wide(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On both sides of each number of tokens at which the rule takes other tiles: the plain kernel's bytes for every row."""
+    tokens, (experts, many, *_) = 300, SHAPES[name]
+    x, chosen, weights, layer = case(name, tokens, dtype)
+    whole = moe_cuda.experts(x, chosen, weights, layer, path="reference")
+    up = layer.up.mT if layer.transposed else layer.up
+    straight = moe_cuda.product(x[:9], up, path="reference")
+    assert (
+        first_mismatch(moe_cuda.product(x[:9].flip(1), up.flip(2), path="reference").cpu(), straight.cpu()) is not None
+    )
+    expect(moe_cuda.experts(x, chosen, weights, layer), whole, "the proofs are made here")
+    started = Started(monkeypatch)
+
+    def expected(count: int) -> set[int]:
+        return {moe_cuda.wide_rows(count * many, experts)} - {0}
+
+    edges = [count for count in range(2, tokens) if expected(count) != expected(count - 1)]
+    assert expected(1) == set() and expected(tokens) and edges
+    for count in (1, *(at for edge in edges for at in (edge - 1, edge)), tokens):
+        part = slice(tokens - count, tokens)
+        found, seen = started.during(moe_cuda.experts, x[part], chosen[part], weights[part], layer)
+        assert seen == expected(count), (count, "another path than the rule's")
+        expect(found, whole[part], count)
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(2)).cuda()
+    expect(moe_cuda.experts(x[order], chosen[order], weights[order], layer), whole[order], "another order")
+
+
+@needs_wide
+def test_a_capture_without_a_proof_runs_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled or proved inside a capture; once it was proved outside, ``wide`` runs there too."""
+    x, chosen, weights, layer = case("mixtral", 128, torch.bfloat16)
+    want = moe_cuda.experts(x, chosen, weights, layer, path="reference")
+    monkeypatch.setattr(matmul_wide, "_codes", {})
+    started = Started(monkeypatch)
+    for proved in (False, True):
+        if proved:
+            expect(moe_cuda.experts(x, chosen, weights, layer), want)
+            assert matmul_wide._codes
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found, seen = started.during(moe_cuda.experts, x, chosen, weights, layer)
+        assert bool(seen) == proved and bool(matmul_wide._codes) == proved
+        found.zero_()
+        graph.replay()
+        expect(found, want, proved)
+
+
+@needs_wide
+def test_rows_of_one_weight_run_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared expert's product, which stays in fp32: the bytes of the plain kernel on both sides of the rule's edge."""
+    x, w, bias = operands(200, 1, 704, 400, torch.bfloat16)
+    want = moe_cuda.product(x, w, bias, path="reference", unrounded=True)
+    expect(moe_cuda.product(x, w, bias, unrounded=True), want)
+    started = Started(monkeypatch)
+    for count in (127, 128, 129, 200):
+        found, seen = started.during(moe.unrounded, x[:count], w[0], bias[0])
+        assert bool(seen) == (count >= matmul_wide.LEAST_ROWS)
+        expect(found, want[:count], count)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=bits.dtype_name)
