@@ -33,6 +33,7 @@ _FREE = (
     "shift",
     "window",
     "each",
+    "bunch",
     "table_b",
     "span_b",
     "span_h",
