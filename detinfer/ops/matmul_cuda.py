@@ -4,9 +4,10 @@ The order is that of csrc/matmul_gpu.h: one accumulator for each output, k ascen
 bits of ``detinfer/reference/matmul.py``; in bf16 and fp16 it is the matrix unit's own, in its steps of 16.
 
 Paths, all of the same bits, so that which one runs is a matter of speed: ``skinny`` (few rows, aligned operands), ``tile``
-(any rows, any strides, batches), ``stream`` (fp32, aligned operands), ``cublaslt_no_split`` (cuBLASLt held to algorithms that keep k in one piece, only at the
-numbers of rows where ``matmul_cuda_proof`` has compared it on this machine) and ``reference``, plain and slow. No call
-makes a proof or waits for the device: all of this runs inside the capture of a CUDA graph.
+(any rows, any strides, batches), ``wide`` (many rows, aligned operands: ``matmul_wide``), ``stream`` (fp32, aligned
+operands), ``cublaslt_no_split`` (cuBLASLt held to algorithms that keep k in one piece, only at the numbers of rows where
+``matmul_cuda_proof`` has compared it on this machine) and ``reference``, plain and slow. All of this runs inside the capture
+of a CUDA graph: there no call makes a proof or waits for the device, and outside one only the first of ``wide``'s do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from detinfer import native
 from detinfer.errors import NativeError, UnsupportedDtype, UsageError
-from detinfer.ops import cublaslt, matmul_blocks, matmul_store, matmul_table
+from detinfer.ops import cublaslt, matmul_blocks, matmul_store, matmul_table, matmul_wide
 from detinfer.ops.matmul_forms import Forms
 from detinfer.ops.matmul_table import PIECE, Choice, Key
 from detinfer.ops.matmul_views import Views, linear_views
@@ -62,8 +63,14 @@ def kernel(
     beta: float = 1.0,
     variant: int = -1,
 ) -> Step:
-    """A product on one of csrc's paths: x [(B,) M, K], w [(B,) N, K], c [(B,) M, N] or none, all of any strides, and out
+    """A product on one of csrc's paths, or ``wide`` where it takes the operands: x [(B,) M, K], w [(B,) N, K], c [(B,) M, N] or none, all of any strides, and out
     contiguous. Of the tensors only shapes, strides, dtype and device are taken."""
+    if path == "wide":
+        if (found := wide_kernel(x, w, c, alpha, beta)) is None:
+            raise NativeError(
+                "matmul: wide needs compute capability 9, Triton, sizes and strides in multiples of 16, and c a vector or none"
+            )
+        return found
     function, error = _function()
     *batch, m, k = x.shape
     n = w.shape[-2]
@@ -82,6 +89,33 @@ def kernel(
             raise NativeError((error() or b"").decode())
 
     return step
+
+
+def wide_kernel(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, alpha: float, beta: float) -> Step | None:
+    """A product of ``matmul_wide``: x [M, K], w [N, K], c a row of [M, N] or none; None for what it does not take, and inside a
+    capture before its code was proved."""
+    if x.dim() != 2 or x.dtype not in matmul_wide.DTYPES or not _is_bias(c, alpha, beta):
+        return None
+    (m, k), n = x.shape, w.shape[0]
+    tile = matmul_wide.tile_of(m, n, processors(x.device.index))
+    code = matmul_wide.find(x, w, c, x.dtype, tile, grouped=False)
+    if code is None:
+        return None
+    numbers = (m, 1, n, k, x.stride(0), 0, *w.stride())
+
+    def step(x_at: int, w_at: int, c_at: int, out_at: int, stream: int) -> None:
+        code.start((x_at, w_at, c_at or x_at, x_at, x_at, out_at), numbers, stream)
+
+    return step
+
+
+def chosen_kernel(
+    choice: Choice, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, alpha: float = 1.0, beta: float = 1.0
+) -> Step:
+    """A choice's kernel; ``tile`` in place of a ``wide`` that cannot run now. cuBLASLt is not among them."""
+    if choice.path == "wide":
+        return wide_kernel(x, w, c, alpha, beta) or kernel("tile", x, w, c, alpha, beta)
+    return kernel(choice.path, x, w, c, alpha, beta, choice.variant)
 
 
 def cublaslt_kernel(algorithm: bytes, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> Step:
@@ -123,12 +157,12 @@ def _accelerates(device: int) -> bool:
 
 
 def by_rule(m: int, dtype: torch.dtype, device: int) -> Choice:
-    """The path where nothing was measured, for operands that ``streams``: right by construction."""
+    """The path where nothing was measured, for operands that ``streams``: right by construction, or proved by its code."""
     if not _accelerates(device):
         return Choice("tile")
     if dtype is torch.float32:
         return Choice("stream")
-    return Choice("skinny" if m <= SKINNY_ROWS else "tile")
+    return Choice("skinny" if m <= SKINNY_ROWS else "wide" if matmul_wide.available(device) else "tile")
 
 
 def plan(
@@ -144,14 +178,16 @@ def plan(
         return [(0, 0, kernel("tile", x, w, c, alpha, beta))]
     measured = matmul_table.table(key)
     packed = m == 1 or x.stride(0) == k
-    single = x.dtype is torch.float32
-    if not single and not (packed and vector and _is_bias(c, alpha, beta) and cublaslt.ready(key.device)):
+    single, simple = x.dtype is torch.float32, vector and _is_bias(c, alpha, beta)
+    if not single and not (packed and simple and cublaslt.ready(key.device)):
         measured = None  # it holds for cuBLASLt's one form alone
     if measured is None and not single and m > _FEW_ROWS and cublaslt.available():
         _tell()
     if measured is None or single:
         chosen = by_rule(m, x.dtype, key.device) if measured is None else measured.choose(m)
-        return [(0, 0, kernel(chosen.path, x, w, c, alpha, beta, chosen.variant))]
+        if chosen.path == "wide" and not simple:
+            chosen = Choice("tile")
+        return [(0, 0, chosen_kernel(chosen, x, w, c, alpha, beta))]
     found: list[tuple[int, int, Step]] = []
     start = 0
     while start < m:
@@ -161,7 +197,7 @@ def plan(
         step = (
             cublaslt_kernel(chosen.algorithm, part, w, added)
             if chosen.path == "cublaslt_no_split"
-            else kernel(chosen.path, part, w, added, alpha, beta, chosen.variant)
+            else chosen_kernel(chosen, part, w, added, alpha, beta)
         )
         found.append((start, start * k * size, step))
         start += count
@@ -315,7 +351,7 @@ def _first(
     matmul_store.state(a.device.index)  # reads the file of proofs before the first call
     call = _Call(shape, x, w, added, alpha, beta, c is None or c.dim() == 1)
     pairs = ((a, x), (b, w), *(((c, added),) if c is not None and added is not None else ()))
-    kept = cublaslt.ready(a.device.index)  # else the next call may find a faster path
+    kept = not torch.cuda.is_current_stream_capturing()  # where the next call may find a faster path
     if kept and all(given.data_ptr() == used.data_ptr() for given, used in pairs):  # a copy must be made in every call
         if len(matmul_table.calls) >= _KEPT_CALLS:
             matmul_table.calls.clear()
@@ -330,13 +366,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """aten::linear: x [..., K] or [K], weight [N, K] or [K], bias [N], [1] or none -> [..., N] or [...].
 
     The bias is added in fp32 before the one rounding. ``path`` holds the product to ``skinny`` (at most 512 rows),
-    ``tile``, ``stream`` or ``reference``. Like all functions here, raises UnsupportedDtype for float64 and complex, UsageError for
+    ``tile``, ``wide``, ``stream`` or ``reference``. Like all functions here, raises UnsupportedDtype for float64 and complex, UsageError for
     operands that do not fit or lie on different devices, NativeError where the GPU library is missing or refuses.
     """
     if path is None:
         return _forms.linear(x, weight, bias)
-    if path not in PATHS:
-        raise UsageError(f"linear: there is no path {path!r}; choose {', '.join(PATHS)}")
+    if path not in (*PATHS, "wide"):
+        raise UsageError(f"linear: there is no path {path!r}; choose {', '.join(PATHS)} or wide")
     shape, rows, w, c = linear_views(x, weight, bias)
     return product(rows, w.t(), c, path=path).view(shape)
 

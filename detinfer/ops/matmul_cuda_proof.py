@@ -190,7 +190,7 @@ def _mismatches(
 def _step(choice: Choice, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> matmul_cuda.Step:
     if choice.path == "cublaslt_no_split":
         return matmul_cuda.cublaslt_kernel(choice.algorithm, x, w, c)
-    return matmul_cuda.kernel(choice.path, x, w, c, variant=choice.variant)
+    return matmul_cuda.chosen_kernel(choice, x, w, c)
 
 
 def _run(choice: Choice, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, out: torch.Tensor) -> None:

@@ -28,7 +28,7 @@ FILE = "matmul_cuda.json"
 SCHEMA = 1
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in native.DTYPES}
-_PATHS = ("skinny", "tile", "stream", "cublaslt_no_split")
+_PATHS = ("skinny", "tile", "wide", "stream", "cublaslt_no_split")
 
 
 @dataclass(frozen=True)

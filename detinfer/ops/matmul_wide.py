@@ -19,7 +19,10 @@ ROWS = (64, 128)
 """Rows of a tile. No choice changes a bit."""
 
 COLUMNS = 256
-"""Columns of a tile: of 128 and 256 the faster one, or within 4 % of it, in what was measured."""
+"""Columns of a tile of many experts: of 128 and 256 the faster one, or within 6 % of it, in what was measured."""
+
+TILES = ((128, 256), (128, 128), (64, 128))
+"""Rows and columns of a tile of one weight's product, the first that gives most of the processors something to do."""
 
 BAND = 16
 """Tiles of rows that programs go down before the next columns: 16 of 128 rows are as long as 8 of 256 columns are wide, and
@@ -40,7 +43,8 @@ class Kind(NamedTuple):
     device: int
     dtype: torch.dtype
     out: torch.dtype
-    tile_rows: int
+    tile: tuple[int, int]
+    """Its rows and columns."""
     grouped: bool
     biased: bool
     even: bool
@@ -62,20 +66,25 @@ class Code:
 
         The current device must be the kind's. ``most_tiles`` of grouped assignments come from ``moe_cuda.Groups``.
         """
-        grid = (_programs(self.kind.tile_rows, numbers[0], numbers[2], most_tiles), 1, 1)
+        grid = (_programs(self.kind.tile, numbers[0], numbers[2], most_tiles), 1, 1)
         self.made[grid](*pointers, *numbers, *self._constants, stream=stream)
 
 
 def constants(kind: Kind) -> dict[str, Any]:
     """The kernel's constants in its own order of them."""
     return {
-        "BM": kind.tile_rows, "BN": COLUMNS, "BAND": BAND, "GROUPED": kind.grouped, "BIASED": kind.biased,
+        "BM": kind.tile[0], "BN": kind.tile[1], "BAND": BAND, "GROUPED": kind.grouped, "BIASED": kind.biased,
         "EVEN": kind.even, "ACROSS": kind.across,
     }  # fmt: skip
 
 
-def _programs(tile_rows: int, rows: int, n: int, most_tiles: int) -> int:
-    return (most_tiles or -(-rows // tile_rows)) * -(-n // COLUMNS)
+def _programs(tile: tuple[int, int], rows: int, n: int, most_tiles: int = 0) -> int:
+    return (most_tiles or -(-rows // tile[0])) * -(-n // tile[1])
+
+
+def tile_of(rows: int, n: int, processors: int) -> tuple[int, int]:
+    """The tile for a product of one weight: the largest of which there are enough for three quarters of the processors."""
+    return next((tile for tile in TILES if 4 * _programs(tile, rows, n) >= 3 * processors), TILES[-1])
 
 
 @functools.cache
@@ -132,21 +141,26 @@ def code(kind: Kind) -> Code | None:
 
 
 def find(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.dtype, tile_rows: int, grouped: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.dtype,
+    tile: tuple[int, int],
+    grouped: bool,
 ) -> Code | None:
     """Code for x [tokens, K] times ``weight`` [(experts,) N, K] and a contiguous bias; None where ``tile`` has to run."""
     if not takes(weight) or not lies(x) or (bias is not None and bias.data_ptr() % 16):
         return None
-    return code(kind_of(x, weight, bias is not None, out, tile_rows, grouped))
+    return code(kind_of(x, weight, bias is not None, out, tile, grouped))
 
 
 def kind_of(
-    x: torch.Tensor, weight: torch.Tensor, biased: bool, out: torch.dtype, tile_rows: int, grouped: bool
+    x: torch.Tensor, weight: torch.Tensor, biased: bool, out: torch.dtype, tile: tuple[int, int], grouped: bool
 ) -> Kind:
     """The kind of a product."""
     *_, w_n, w_k = weight.stride()
     device = -1 if x.device.index is None else x.device.index  # -1: Triton's interpreter
-    return Kind(device, x.dtype, out, tile_rows, grouped, biased, x.shape[1] % 64 == 0, w_n == 1 and w_k != 1)
+    return Kind(device, x.dtype, out, tile, grouped, biased, x.shape[1] % 64 == 0, w_n == 1 and w_k != 1)
 
 
 def held(
@@ -157,23 +171,23 @@ def held(
     tiles: torch.Tensor | None,
     out: torch.Tensor,
     places: int,
-    tile_rows: int,
+    tile: tuple[int, int],
     most_tiles: int = 0,
 ) -> Any:
     """``moe_cuda.product`` into ``out``, proved or not, of any strides, from assignments as ``moe_cuda.Groups`` sorts and cuts
     them: for proofs and tests. Returns what Triton made of the kernel. Raises UsageError for other tiles than ``ROWS``."""
     from detinfer.ops import matmul_triton
 
-    if tile_rows not in ROWS:
-        raise UsageError(f"wide takes tiles of {' or '.join(map(str, ROWS))} rows, not {tile_rows}")
+    if tile[0] not in ROWS:
+        raise UsageError(f"wide takes tiles of {' or '.join(map(str, ROWS))} rows, not {tile[0]}")
     rows, n = out.shape
-    programs = _programs(tile_rows, rows, n, most_tiles)
+    programs = _programs(tile, rows, n, most_tiles)
     if not programs:
         return None
-    kind = kind_of(x, weight, bias is not None, out.dtype, tile_rows, tiles is not None)
+    kind = kind_of(x, weight, bias is not None, out.dtype, tile, tiles is not None)
     expert = weight.stride(0) if weight.dim() == 3 else 0
     return matmul_triton.wide[(programs,)](
         x, weight, *(x if t is None else t for t in (bias, order, tiles)), out,
         rows, places, n, x.shape[1], x.stride(0), expert, *weight.stride()[-2:],
-        **constants(kind), enable_fp_fusion=False, num_warps=tile_rows // 16, num_stages=_STAGES,
+        **constants(kind), enable_fp_fusion=False, num_warps=tile[0] // 16, num_stages=_STAGES,
     )  # fmt: skip

@@ -27,7 +27,7 @@ _proved: dict[str, int] = {}
 
 
 class Inputs(NamedTuple):
-    """A product of a kind: more tiles than a band, the last ones not full, two tiles of columns, the second not full."""
+    """A product of a kind: more tiles than a band, the last ones not full, two tiles of columns or more, the last not full."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -74,7 +74,7 @@ def inputs(kind: Kind) -> Inputs:
     """Stress inputs that get the machine code of the kind."""
     device, dtype, k = torch.device("cuda", kind.device), kind.dtype, _K[kind.even]
     experts, places = (EXPERTS, 2) if kind.grouped else (1, 1)
-    rows = ((BAND + 1) * kind.tile_rows + 5) // places
+    rows = ((BAND + 1) * kind.tile[0] + 5) // places
     x = adversarial(rows, k, dtype, device, 7)
     x[:, 1] = x[:, k - k // 7 - 1] = 900.0
     weight = adversarial(experts * _N, k, dtype, device, 11).view(experts, _N, k)
@@ -86,7 +86,7 @@ def inputs(kind: Kind) -> Inputs:
     token = torch.arange(rows, device=device)
     chosen = torch.stack([torch.where(token % 9 == 0, 3, 0), torch.where(token % 5 == 0, 4, 0)], 1)
     chosen[7, 1] = 1  # and nobody has expert 2
-    return Inputs(x, weight, bias, moe_cuda.Groups(chosen, experts, kind.tile_rows), places)
+    return Inputs(x, weight, bias, moe_cuda.Groups(chosen, experts, kind.tile[0]), places)
 
 
 def expected(kind: Kind, given: Inputs, *, turned: bool = False) -> torch.Tensor:
@@ -123,7 +123,7 @@ def compare(code: Code, given: Inputs) -> int:
 
 def _room(kind: Kind, given: Inputs) -> torch.Tensor:
     """For the results, and a tile behind them that nothing may write to."""
-    rows = len(given.x) * given.places + kind.tile_rows
+    rows = len(given.x) * given.places + kind.tile[0]
     return torch.empty((rows, given.weight.shape[1]), dtype=kind.out, device=given.x.device)
 
 
@@ -132,4 +132,4 @@ def _make(kind: Kind, given: Inputs) -> Any:
     x, weight, bias, groups, places = given
     out = _room(kind, given)[: len(x) * places]
     order, tiles, most = (None, None, 0) if groups is None else (groups.order, groups.tiles, groups.most_tiles)
-    return matmul_wide.held(x, weight, bias, order, tiles, out, places, kind.tile_rows, most)
+    return matmul_wide.held(x, weight, bias, order, tiles, out, places, kind.tile, most)

@@ -134,11 +134,12 @@ def product(
     tile_rows = _tile_rows(rows, 1) if groups is None else groups.tile_rows
     if path == "wide":
         large = tile_rows if groups is not None else matmul_wide.ROWS[-1]
-        matmul_wide.held(x, weight, bias, order, tiles, out, places, large, most)
+        matmul_wide.held(x, weight, bias, order, tiles, out, places, (large, matmul_wide.COLUMNS), most)
         return out
     large = wide_rows(rows, 1) if groups is None else tile_rows
     if path is None and large in matmul_wide.ROWS and rows and n:
-        code = matmul_wide.find(x, weight, bias, out.dtype, large, groups is not None)
+        tile = (large, matmul_wide.COLUMNS)
+        code = matmul_wide.find(x, weight, bias, out.dtype, tile, groups is not None)
         if code is not None:
             at = (x.data_ptr(), weight.data_ptr(), *map(_pointer, (bias, order, tiles, out)))
             numbers = (rows, places, n, k, x.stride(0), *weight.stride())

@@ -11,7 +11,7 @@ import torch
 
 from detinfer.bits import dtype_name, first_mismatch
 from detinfer.errors import Diverged, NativeError, UnsupportedDtype, UsageError
-from detinfer.ops import matmul_cuda, matmul_cuda_proof, matmul_store, matmul_table
+from detinfer.ops import matmul_cuda, matmul_cuda_proof, matmul_store, matmul_table, matmul_wide
 from detinfer.ops.evidence import from_values, to_values
 from detinfer.ops.matmul_cuda import COVERED, linear, product, prove
 from detinfer.ops.matmul_cuda_proof import adversarial, operands, prove_shape
@@ -272,12 +272,21 @@ class Recorded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[str, int]] = []
-        monkeypatch.setattr(matmul_cuda, "kernel", lambda path, x, *_: self.asked.append((path, len(x))))
+        monkeypatch.setattr(matmul_cuda, "kernel", lambda path, x, *_: self.asked.append((path, len(x))) or print)
         monkeypatch.setattr(
             matmul_cuda, "cublaslt_kernel", lambda algorithm, x, *_: self.asked.append(("cublaslt_no_split", len(x)))
         )
         monkeypatch.setattr(matmul_cuda, "_accelerates", lambda device: True)
+        monkeypatch.setattr(matmul_cuda, "wide_kernel", self._wide)
+        monkeypatch.setattr(matmul_cuda.matmul_wide, "available", lambda device: True)
+        self.proved = True
         monkeypatch.setattr(matmul_cuda.cublaslt, "ready", lambda device: True)
+
+    def _wide(self, x: torch.Tensor, *_: Any) -> Any:
+        if not self.proved:
+            return None
+        self.asked.append(("wide", len(x)))
+        return print
 
     def plan(
         self, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None = None, alpha: float = 1, vector: bool = True
@@ -321,6 +330,100 @@ def test_where_cublaslt_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen.plan(x[:9], w) == [("skinny", 9)], "a handle is not made while a graph is captured"
     monkeypatch.setattr(matmul_cuda, "_accelerates", lambda device: False)
     assert seen.plan(gaps, w) == [("tile", 9)]
+
+
+def test_where_wide_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing was measured, above what ``skinny`` takes, in the one form of its epilogue; ``tile`` where it cannot."""
+    seen = Recorded(monkeypatch)
+    x, w = torch.zeros(5000, 64, dtype=torch.bfloat16), torch.zeros(96, 64, dtype=torch.bfloat16)
+    bias = torch.zeros(128, dtype=torch.bfloat16)
+    assert seen.plan(x[:512], w) == [("skinny", 512)]
+    assert seen.plan(x[:513], w) == [("wide", 513)] and seen.plan(x, w) == [("wide", 5000)]
+    assert seen.plan(x, w, bias[:96].expand(5000, 96)) == [("wide", 5000)]
+    assert seen.plan(x, w, bias[:96].expand(5000, 96), 2.0) == [("tile", 5000)], "alpha"
+    assert seen.plan(x, w, bias[:96].expand(5000, 96), vector=False) == [("tile", 5000)], "an address it does not know"
+    assert seen.plan(x, w, torch.zeros(5000, 96, dtype=torch.bfloat16), vector=False) == [("tile", 5000)], "a matrix"
+    assert seen.plan(x.float(), w.float()) == [("stream", 5000)]
+    seen.proved = False
+    assert seen.plan(x, w) == [("tile", 5000)], "inside a capture, before its code was proved"
+    choices = (matmul_table.Choice("wide"),)
+    key = matmul_table.Key(96, 64, torch.bfloat16, 64, False, None)  # type: ignore[arg-type]
+    matmul_table.use([matmul_table.Table(key, (16384,), choices, 1024, (1024, 2048), 1)])
+    assert seen.plan(x[:7], w) == [("tile", 7)]
+    seen.proved = True
+    assert seen.plan(x[:7], w) == [("wide", 7)] and seen.plan(x[:1500], w) == [("wide", 1024), ("wide", 476)]
+
+
+needs_wide = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="wide runs on capability 9"
+)
+
+
+@pytest.mark.gpu
+@needs_wide
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("n", "k"), [(288, 720), (1280, 2048), (4096, 576)])
+def test_many_rows_run_wide(
+    n: int, k: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row has the plain kernel's bytes, in each of the tiles, in rows with gaps, with a bias; alone it has them too."""
+    most = 4500
+    x, w = operands(most, n, k, dtype, device)
+    bias = adversarial(1, n, dtype, device, 5)[0]
+    gaps = torch.zeros(most, k + 16, dtype=dtype, device=device)[:, :k].copy_(x)
+    started: list[tuple[int, int]] = []
+    start = matmul_wide.Code.start
+    monkeypatch.setattr(
+        matmul_wide.Code, "start", lambda code, *args: (started.append(code.kind.tile), start(code, *args))
+    )
+    seen = set()
+    for added in (None, bias):
+        expected = linear(x, w, added, path="reference")
+        turned = linear(x[:64].flip(1), w.flip(1), added, path="reference")
+        assert first_mismatch(turned, expected[:64]) is not None, "these inputs would not show a wrong order"
+        for rows in (1, 512, 513, 640, 777, 1025, 2048, most):
+            for given in (x, gaps):
+                started.clear()
+                expect(linear(given[most - rows :], w, added), expected[most - rows :], rows)
+                assert bool(started) == (rows > matmul_cuda.SKINNY_ROWS), rows
+                seen |= set(started)
+        expect(COVERED["aten::addmm"](bias, x, w.t(), alpha=2), linear(x + x, w, bias, path="reference"))
+        expect(linear(x[7:107], w, added, path="wide"), expected[7:107])
+    assert len(seen) > 1, "other tiles for other numbers of rows"
+
+
+@pytest.mark.gpu
+@needs_wide
+def test_wide_is_not_proved_inside_a_capture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There ``tile`` runs, and is not kept for the calls that come after."""
+    x, w = operands(600, 512, 320, torch.bfloat16, device)
+    want = linear(x, w, path="reference")
+    monkeypatch.setattr(matmul_wide, "_codes", {})
+    linear(x, w, path="tile")  # loads the kernel
+    torch.cuda.synchronize()
+    for proved in (False, True):
+        if proved:
+            expect(linear(x, w), want)
+        assert bool(matmul_wide._codes) == proved
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = linear(x, w)
+        assert bool(matmul_wide._codes) == proved
+        found.zero_()
+        graph.replay()
+        expect(found, want, proved)
+
+
+@pytest.mark.gpu
+@needs_wide
+def test_what_wide_does_not_take(device: torch.device) -> None:
+    """Held to it, it is refused; left to the rule, another path has the bytes."""
+    x, w = operands(600, 512, 320, torch.bfloat16, device)
+    for k, n in ((312, 512), (320, 250), (320, 264)):
+        given, weight = x[:, :k].contiguous(), w[:n, :k].contiguous()
+        with pytest.raises(NativeError, match="wide needs compute capability 9"):
+            linear(given, weight, path="wide")
+        expect(linear(given, weight), linear(given, weight, path="reference"))
 
 
 def test_fp32_streams_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,9 @@ TARGETS = (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx950", 64), GPUTa
 def test_it_compiles(target: Any, across: bool) -> None:
     """With instructions of the matrix unit; on Hopper those of a group of warps, k in the steps of 16 of the written order."""
     constants = matmul_wide.constants(
-        matmul_wide.Kind(0, torch.bfloat16, torch.float32, 128, grouped=True, biased=True, even=True, across=across)
+        matmul_wide.Kind(
+            0, torch.bfloat16, torch.float32, (128, 256), grouped=True, biased=True, even=True, across=across
+        )
     )
     assert list(constants) == wide.arg_names[-len(constants) :], "in the kernel's order: a start gives them by place"
     if target.backend == "hip":

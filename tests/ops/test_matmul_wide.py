@@ -14,7 +14,7 @@ from detinfer.ops import matmul_wide, matmul_wide_proof, moe_cuda
 from detinfer.ops.matmul_wide import Code, Kind, lies, takes
 
 BF16 = torch.bfloat16
-KIND = Kind(0, BF16, BF16, 128, grouped=False, biased=False, even=True, across=False)
+KIND = Kind(0, BF16, BF16, (128, 256), grouped=False, biased=False, even=True, across=False)
 SOURCE = Path(matmul_wide.__file__).with_name("matmul_triton.py")
 
 
@@ -113,7 +113,7 @@ def test_what_a_start_gives_triton() -> None:
     numbers = (1000, 1, 600, 64, 64, 0, 64, 1)
     Code(KIND, Made()).start((1, 2, 3, 4, 5, 6), numbers, 9)
     Code(KIND._replace(grouped=True), Made()).start((1, 2, 3, 4, 5, 6), numbers, 9, 11)
-    constants = (128, matmul_wide.COLUMNS, matmul_wide.BAND)
+    constants = (128, 256, matmul_wide.BAND)
     assert given == [
         ((8 * 3, 1, 1), (1, 2, 3, 4, 5, 6, *numbers, *constants, False, False, True, False), 9),
         ((11 * 3, 1, 1), (1, 2, 3, 4, 5, 6, *numbers, *constants, True, False, True, False), 9),
@@ -124,7 +124,7 @@ def test_other_tiles_are_refused() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     x = torch.zeros(4, 16, dtype=BF16)
     with pytest.raises(UsageError, match="64 or 128 rows, not 32"):
-        matmul_wide.held(x, x, None, None, None, torch.zeros(4, 4), 1, 32)
+        matmul_wide.held(x, x, None, None, None, torch.zeros(4, 4), 1, (32, 256))
 
 
 FAULTS = {
@@ -167,7 +167,7 @@ def planted(fault: str, folder: Path) -> Any:
 def test_a_wrong_kernel_is_not_proved(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from detinfer.ops import matmul_triton
 
-    kind = KIND._replace(device=torch.cuda.current_device(), tile_rows=64, biased=True)
+    kind = KIND._replace(device=torch.cuda.current_device(), tile=(64, 256), biased=True)
     monkeypatch.setattr(matmul_triton, "wide", planted(fault, tmp_path))
     with pytest.raises(Diverged, match=r"wide of BM=64, BN=256, .* the machine code that Triton and ptxas made here"):
         matmul_wide_proof.made_and_proved(kind)
@@ -182,7 +182,7 @@ def test_each_kind_is_proved(even: bool, grouped: bool, across: bool) -> None:
     turn = even + grouped + across
     kind = Kind(
         torch.cuda.current_device(), matmul_wide.DTYPES[turn % 2], torch.float32 if grouped != even else
-        matmul_wide.DTYPES[turn % 2], matmul_wide.ROWS[(even + across) % 2], grouped, turn % 3 == 0, even, across,
+        matmul_wide.DTYPES[turn % 2], matmul_wide.TILES[(even + across) % 3], grouped, turn % 3 == 0, even, across,
     )  # fmt: skip
     code = matmul_wide_proof.made_and_proved(kind)
     assert code is not None, "Triton makes code on this machine"

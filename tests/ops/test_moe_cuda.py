@@ -92,7 +92,7 @@ class Started:
         self.rows: list[int] = []
         start = matmul_wide.Code.start
         monkeypatch.setattr(
-            matmul_wide.Code, "start", lambda code, *args: (self.rows.append(code.kind.tile_rows), start(code, *args))
+            matmul_wide.Code, "start", lambda code, *args: (self.rows.append(code.kind.tile[0]), start(code, *args))
         )
 
     def during(self, call: Any, *args: Any) -> tuple[Any, set[int]]:
