@@ -208,7 +208,7 @@ def plan(
 def _tell() -> None:
     """Say once in a process that speed is left lying: the bytes are right either way."""
     logging.getLogger("detinfer").warning(
-        "linear layers run on kernels that need no proof, several times slower than cuBLASLt above %d rows: run `detinfer "
+        "linear layers run on kernels that need no proof of their shapes, slower than cuBLASLt above %d rows: run `detinfer "
         "prove TARGET` once on this machine (the bytes stay the same)",
         _FEW_ROWS,
     )

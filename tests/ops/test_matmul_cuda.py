@@ -355,7 +355,7 @@ def test_where_wide_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 needs_wide = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="wide runs on capability 9"
+    "not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9", reason="wide runs on capability 9"
 )
 
 

@@ -101,7 +101,7 @@ class Started:
 
 
 needs_wide = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="wide runs on capability 9"
+    "not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9", reason="wide runs on capability 9"
 )
 
 
