@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detinfer.ops import cublaslt, matmul_cuda
+from detinfer.ops import cublaslt, matmul_cuda, matmul_wide
 
 
 @pytest.fixture(autouse=True)
@@ -13,6 +13,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products are planned, not run: the tensors lie on the CPU."""
     monkeypatch.setattr(matmul_cuda, "kernel", lambda path, *_: path)
     monkeypatch.setattr(matmul_cuda, "_accelerates", lambda _: True)
+    monkeypatch.setattr(matmul_wide, "available", lambda _: False)
     monkeypatch.setattr(cublaslt, "available", lambda: True)
     monkeypatch.setattr(cublaslt, "ready", lambda _: True)
     matmul_cuda._tell.cache_clear()
