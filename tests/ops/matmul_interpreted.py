@@ -58,7 +58,15 @@ for tokens, experts, k, n, across, rows in (
             order, tiles, most = cut(chosen, experts, rows)
             out = torch.full((tokens * places, n), float("nan"))
             matmul_wide.held(
-                x, w, bias, order if grouped else None, tiles if grouped else None, out, places, (rows, 256), most
+                x,
+                w,
+                bias,
+                order if grouped else None,
+                tiles if grouped else None,
+                out,
+                places,
+                (rows, 256 if grouped else 128),
+                most,
             )
             name = f"{tokens} tokens, {experts} experts, {k} -> {n}, tiles of {rows}, {across=}, {biased=}, {grouped=}"
             wrong = 0
