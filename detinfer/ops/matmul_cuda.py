@@ -152,8 +152,8 @@ def processors(device: int) -> int:
 def _accelerates(device: int) -> bool:
     """Whether a GPU has the tensor memory accelerator, by which ``skinny`` and ``stream`` read, and the shared memory that
     their blocks take: compute capability 9 and 10 have both, 12 has 99 KiB."""
-    enough: bool = torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 227 << 10
-    return torch.cuda.get_device_capability(device) >= (9, 0) and enough
+    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)  # 0: not NVIDIA's
+    return torch.cuda.get_device_capability(device) >= (9, 0) and int(shared) >= 227 << 10
 
 
 def by_rule(m: int, dtype: torch.dtype, device: int) -> Choice:
