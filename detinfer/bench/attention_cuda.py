@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,7 +35,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Median microseconds of one call, of detinfer and of each backend that took it."""
+    """Microseconds of one call, of detinfer and of each backend that took it: the lesser of two medians."""
 
     shape: tuple[int, int, int]
     group: int
@@ -79,11 +80,14 @@ def _time(shape: tuple[int, int, int], group: int, repeats: int) -> Timing:
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
 
     _check(inputs[0], ours, causal)
-    times = {}
-    for backend in BACKENDS:
-        if (found := _backend(plain, backend, inputs, repeats)) is not None:
-            times[backend.name.removesuffix("_ATTENTION").lower()] = found
-    return Timing(shape, group, graph.median(ours, inputs, repeats), times)
+    mine, times = math.inf, dict[str, float]()
+    for _ in range(2):  # in turn: under load a GPU lowers its clock, and who comes last would have the lowest
+        mine = min(mine, graph.median(ours, inputs, repeats))
+        for backend in BACKENDS:
+            name = backend.name.removesuffix("_ATTENTION").lower()
+            if (found := _backend(plain, backend, inputs, repeats)) is not None:
+                times[name] = min(found, times.get(name, found))
+    return Timing(shape, group, mine, times)
 
 
 def _backend(call: Attention, backend: SDPBackend, inputs: Sequence[Inputs], repeats: int) -> float | None:

@@ -374,11 +374,13 @@ def _cut(
     longest = kernels.least << 9  # where the kernels' _split_length ends: beyond it a row has more splits
     programs = batch * kv_heads * few
     splits = max(min(kernels.most, -(-n_keys // kernels.least)), -(-n_keys // longest))
+    processors, stages = _multiprocessors(q.device), few_shape.stages
+    if stages > 1 and deepest <= 128 and programs * kernels.most <= 2 * processors:
+        stages = 3  # two of a multiprocessor at most, however long the rows: each hides its own waiting
     each, several = min(deal.each, splits), deal.each > 1
     if not deal.each:
         each, several = 1, False
         if q.dtype is not torch.float32:  # whose products leave no register for more
-            processors = _multiprocessors(q.device)
             each = _each(programs, splits, processors)
             # If any length of these rows has several: rows grow, and other machine code must not be made in the middle of
             # a generation.
@@ -391,7 +393,7 @@ def _cut(
     warps = few_shape.warps if of_tile < 64 else max(few_shape.warps, 4)  # two would keep their sums in local memory
     launch.constants |= {
         "BM": of_tile, "POSITIONS": positions, "SCAN": scan, "SEVERAL": several,
-        "num_warps": deal.warps or warps, "num_stages": deal.stages or few_shape.stages,
+        "num_warps": deal.warps or warps, "num_stages": deal.stages or stages,
     }  # fmt: skip
 
 

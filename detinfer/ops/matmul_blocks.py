@@ -1,4 +1,4 @@
-"""Shapes of block of fp32's fast kernels on a GPU (csrc/matmul_fp32.cu): which suits a product, which a proof times.
+"""Shapes of block of the fast kernels on a GPU: which suits a product where nothing was measured, which a proof times.
 
 A block computes ``rows`` rows of x times ``columns`` columns of the result over all of k, which cannot be cut: so a
 product takes as long as the processors need to go through its blocks in waves. What a wave takes was measured for each
@@ -44,6 +44,16 @@ BLOCKS = (
 on one H200, torch 2.11.0 (CUDA 13.0), 2026-11-23; where reading the weight hides the waves, the least. Where one of the
 first 14 was not the fastest of those with so few blocks, the time of its fuller waves stands for the lesser one."""
 
+SKINNY = Block(64, 64, 1, 22.5, 22.5, 22.5)
+"""bf16 and fp16 with more rows than 64: csrc's block of ``skinny``, which takes up to SKINNY_ROWS."""
+
+WIDE = (Block(128, 128, 2, 37, 37, 54), Block(64, 128, 3, 33, 38, 52))
+"""The same of the tiles of ``wide`` (matmul_wide). Times of both are of four layers at 128 to 8192 rows, measured on one H200,
+torch 2.11.0 (CUDA 13.0), Triton 3.6.0, 2026-11-23. A tile of 128 x 256 was never the fastest."""
+
+SKINNY_ROWS = 512
+"""Rows of x that one call of ``skinny`` takes."""
+
 _NEAR = 1.25  # how far the fastest of what was measured lay above the least estimate at most
 _MOST = 8  # where there are many rows and columns, nearly all large blocks are near one another
 
@@ -62,6 +72,21 @@ def estimate(block: Block, m: int, n: int, processors: int) -> float:
 def fastest(m: int, n: int, processors: int) -> int:
     """The variant of the least estimate: what runs where nothing was measured."""
     return min(range(len(BLOCKS)), key=lambda variant: estimate(BLOCKS[variant], m, n, processors))
+
+
+@functools.lru_cache(4096)
+def wide_tile(m: int, n: int, processors: int) -> tuple[int, int]:
+    """Rows and columns of the tile of ``wide`` of the least estimate."""
+    rows, columns, *_ = min(WIDE, key=lambda block: estimate(block, m, n, processors))
+    return rows, columns
+
+
+@functools.lru_cache(4096)
+def suits_wide(m: int, n: int, processors: int) -> bool:
+    """Whether ``wide`` is expected to be faster than ``skinny``."""
+    if m <= SKINNY.rows or m > SKINNY_ROWS:
+        return m > SKINNY_ROWS
+    return min(estimate(b, m, n, processors) for b in WIDE) < estimate(SKINNY, m, n, processors)
 
 
 def candidates(m: int, n: int, processors: int) -> list[int]:

@@ -24,15 +24,13 @@ import torch
 from detinfer import native
 from detinfer.errors import NativeError, UnsupportedDtype, UsageError
 from detinfer.ops import cublaslt, matmul_blocks, matmul_store, matmul_table, matmul_wide
+from detinfer.ops.matmul_blocks import SKINNY_ROWS
 from detinfer.ops.matmul_forms import Forms
 from detinfer.ops.matmul_table import PIECE, Choice, Key
 from detinfer.ops.matmul_views import Views, linear_views
 
 PATHS = {"reference": 0, "skinny": 1, "tile": 2, "stream": 3}
 """csrc's paths and their codes."""
-
-SKINNY_ROWS = 512
-"""Rows of x that one call of the kernel for few rows takes."""
 
 _FEW_ROWS = 64  # up to here the kernels of csrc are as fast as any
 _COPY_ROWS = 128  # from here on a weight in another layout is worth a copy
@@ -97,7 +95,7 @@ def wide_kernel(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, alpha:
     if x.dim() != 2 or x.dtype not in matmul_wide.DTYPES or not _is_bias(c, alpha, beta):
         return None
     (m, k), n = x.shape, w.shape[0]
-    tile = matmul_wide.tile_of(m, n, processors(x.device.index))
+    tile = matmul_blocks.wide_tile(m, n, processors(x.device.index))
     code = matmul_wide.find(x, w, c, x.dtype, tile, grouped=False)
     if code is None:
         return None
@@ -112,9 +110,9 @@ def wide_kernel(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, alpha:
 def chosen_kernel(
     choice: Choice, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, alpha: float = 1.0, beta: float = 1.0
 ) -> Step:
-    """A choice's kernel; ``tile`` in place of a ``wide`` that cannot run now. cuBLASLt is not among them."""
+    """A choice's kernel; another in place of a ``wide`` that cannot run now. cuBLASLt is not among them."""
     if choice.path == "wide":
-        return wide_kernel(x, w, c, alpha, beta) or kernel("tile", x, w, c, alpha, beta)
+        return wide_kernel(x, w, c, alpha, beta) or kernel(_not_wide(len(x)), x, w, c, alpha, beta)
     return kernel(choice.path, x, w, c, alpha, beta, choice.variant)
 
 
@@ -156,13 +154,20 @@ def _accelerates(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0) and int(shared) >= 227 << 10
 
 
-def by_rule(m: int, dtype: torch.dtype, device: int) -> Choice:
+def by_rule(m: int, n: int, dtype: torch.dtype, device: int) -> Choice:
     """The path where nothing was measured, for operands that ``streams``: right by construction, or proved by its code."""
     if not _accelerates(device):
         return Choice("tile")
     if dtype is torch.float32:
         return Choice("stream")
-    return Choice("skinny" if m <= SKINNY_ROWS else "wide" if matmul_wide.available(device) else "tile")
+    if matmul_wide.available(device) and matmul_blocks.suits_wide(m, n, processors(device)):
+        return Choice("wide")
+    return Choice(_not_wide(m))
+
+
+def _not_wide(m: int) -> str:
+    """The path of csrc for m rows of operands that ``streams``."""
+    return "skinny" if m <= SKINNY_ROWS else "tile"
 
 
 def plan(
@@ -184,9 +189,9 @@ def plan(
     if measured is None and not single and m > _FEW_ROWS and cublaslt.available():
         _tell()
     if measured is None or single:
-        chosen = by_rule(m, x.dtype, key.device) if measured is None else measured.choose(m)
+        chosen = by_rule(m, n, x.dtype, key.device) if measured is None else measured.choose(m)
         if chosen.path == "wide" and not simple:
-            chosen = Choice("tile")
+            chosen = Choice(_not_wide(m))
         return [(0, 0, chosen_kernel(chosen, x, w, c, alpha, beta))]
     found: list[tuple[int, int, Step]] = []
     start = 0

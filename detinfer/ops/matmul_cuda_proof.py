@@ -118,7 +118,9 @@ def prove_shape(
     found = torch.empty_like(expected)
     wrong = [0]
     while wrong:
-        best = {m: _fastest(timed, dropped, matmul_cuda.by_rule(m, dtype, device.index)) for m, timed in times.items()}
+        best = {
+            m: _fastest(timed, dropped, matmul_cuda.by_rule(m, n, dtype, device.index)) for m, timed in times.items()
+        }
         table = Table(key, *_merged(best), DENSE if set(dense) <= set(proved) else 0, proved, sum(proved) * n)
         wrong = _mismatches(table, proved, x, w, c, expected, found)
         ours = [m for m in wrong if table.choose(m).path != "cublaslt_no_split"]
@@ -211,7 +213,7 @@ def _candidates(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> Ite
         if width <= 2 * m + 6 and m <= 3 * width:
             yield Choice("skinny", variant)
     if m <= _OWN_ROWS or not cublaslt.available():
-        yield matmul_cuda.by_rule(m, x.dtype, x.device.index)
+        yield matmul_cuda.by_rule(m, n, x.dtype, x.device.index)
     if cublaslt.available():
         problem = cublaslt.Problem(x.dtype, m, n, k, k, w.stride(0), 0 if c is None else c.data_ptr())
         found = cublaslt.Product(problem, x.device.index).algorithms(_ALGORITHMS)

@@ -21,9 +21,6 @@ ROWS = (64, 128)
 COLUMNS = 256
 """Columns of a tile of many experts: of 128 and 256 the faster one, or within 6 % of it, in what was measured."""
 
-TILES = ((128, 256), (128, 128), (64, 128))
-"""Rows and columns of a tile of one weight's product, the first that gives most of the processors something to do."""
-
 BAND = 16
 """Tiles of rows that programs go down before the next columns: 16 of 128 rows are as long as 8 of 256 columns are wide, and
 an H200 runs 132 programs at once."""
@@ -80,11 +77,6 @@ def constants(kind: Kind) -> dict[str, Any]:
 
 def _programs(tile: tuple[int, int], rows: int, n: int, most_tiles: int = 0) -> int:
     return (most_tiles or -(-rows // tile[0])) * -(-n // tile[1])
-
-
-def tile_of(rows: int, n: int, processors: int) -> tuple[int, int]:
-    """The tile for a product of one weight: the largest of which there are enough for three quarters of the processors."""
-    return next((tile for tile in TILES if 4 * _programs(tile, rows, n) >= 3 * processors), TILES[-1])
 
 
 @functools.cache

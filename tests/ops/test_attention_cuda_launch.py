@@ -237,6 +237,11 @@ def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypat
         ((1, 512), 1, True), ((1, 512), 4, True), ((1, 512), 8, True), ((9, 512), 1, True), ((16, 512), 1, True),
     ]  # fmt: skip
     assert dealt(4096, batch=1) == ((16, 8), 1, False) and dealt(4096, batch=4) == ((16, 32), 1, False)
+    stages = [
+        plan(*inputs(heads=8, kv_heads=8, keys=n, batch=b), Keys(), 1.0, None, False).constants["num_stages"]
+        for b, n in ((1, 100), (2, 9000), (3, 100), (64, 9000))
+    ]
+    assert stages == [3, 3, 2, 2], "where three programs cannot meet, each loads further ahead"
     monkeypatch.setattr(attention_cuda_launch, "_multiprocessors", lambda _: 16)
     assert dealt(4096, batch=1) == ((8, 8), 2, True), "a smaller chip is filled sooner"
     float32 = [t.float() for t in inputs(heads=8, kv_heads=8, keys=4096, batch=64)]

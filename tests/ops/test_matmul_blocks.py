@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from detinfer.ops import matmul_cuda, matmul_cuda_proof
-from detinfer.ops.matmul_blocks import BLOCKS, Block, candidates, estimate, fastest
+from detinfer.ops.matmul_blocks import (
+    BLOCKS,
+    SKINNY_ROWS,
+    WIDE,
+    Block,
+    candidates,
+    estimate,
+    fastest,
+    suits_wide,
+    wide_tile,
+)
 
 MEASURED = """
 4096 4096 1: 15=22.2 0=25.7 14=28.4
@@ -112,6 +122,33 @@ def test_the_rule_is_within_a_tenth_of_the_fastest() -> None:
         else:
             assert known and min(known) <= 1.1 * min(times.values()), (k, n, rows, variant)
     assert len(set(picked.values())) >= 12, "one block for all would not do"
+
+
+OF_TORCH = """
+4096 6144: 128 2.02 1.92 2.57, 256 1.66 1.65 2.99, 512 1.58 1.48 3.80, 768 1.69 1.60, 1024 1.52 1.42, 2048 1.20 1.56, 8192 1.27 1.71
+4096 24576: 128 1.14 1.08 2.46, 256 1.42 1.52 3.73, 512 1.23 1.66 3.98, 768 1.37 1.69, 1024 1.24 1.67, 2048 1.27 1.72, 8192 1.27 1.80
+12288 4096: 128 2.82 2.63 1.82, 256 2.21 2.08 2.82, 512 1.47 1.49 3.56, 768 1.53 1.44, 1024 1.21 1.76, 2048 1.24 1.73, 8192 1.26 1.80
+8192 1280: 128 4.37 4.42 3.33, 256 3.71 3.46 2.60, 512 2.72 2.51 3.61, 768 2.47 2.32, 1024 2.12 2.09, 2048 1.82 1.66, 8192 1.46 1.82
+"""
+"""K and N: rows, then the times of ``wide`` by tiles of 128 and of 64 rows and of ``skinny`` over torch's, bfloat16."""
+
+
+def test_the_rule_for_many_rows_of_16_bits() -> None:
+    """Within a tenth of the fastest at every measured point; ``skinny`` alone is not, nor is either tile."""
+    found = []
+    for line in OF_TORCH.strip().splitlines():
+        shape, points = line.split(": ")
+        n = int(shape.split()[1])
+        for point in points.split(", "):
+            rows, *times = (float(word) for word in point.split())
+            m, known = int(rows), dict(zip((*(block[:2] for block in WIDE), "skinny"), times, strict=False))
+            assert ("skinny" in known) == (m <= SKINNY_ROWS)
+            chosen = wide_tile(m, n, 132) if suits_wide(m, n, 132) else "skinny"
+            found.append([known[chosen] / min(times), *(time / min(times) for time in (times[0], times[1], times[-1]))])
+    assert len(found) == 28
+    worst = [max(column) for column in zip(*found, strict=True)]
+    assert worst[0] <= 1.1 and min(worst[1:]) > 1.3, worst
+    assert not suits_wide(64, 100_000, 132) and suits_wide(513, 64, 132)
 
 
 def test_a_proof_times_the_fastest_and_few_others() -> None:

@@ -277,6 +277,7 @@ class Recorded:
             matmul_cuda, "cublaslt_kernel", lambda algorithm, x, *_: self.asked.append(("cublaslt_no_split", len(x)))
         )
         monkeypatch.setattr(matmul_cuda, "_accelerates", lambda device: True)
+        monkeypatch.setattr(matmul_cuda, "processors", lambda device: 132)
         monkeypatch.setattr(matmul_cuda, "wide_kernel", self._wide)
         monkeypatch.setattr(matmul_cuda.matmul_wide, "available", lambda device: True)
         self.proved = True
@@ -333,7 +334,8 @@ def test_where_cublaslt_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_wide_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing was measured, above what ``skinny`` takes, in the one form of its epilogue; ``tile`` where it cannot."""
+    """Where nothing was measured, above what ``skinny`` takes and where that has too many columns, in the one form of its
+    epilogue; csrc's kernels where it cannot."""
     seen = Recorded(monkeypatch)
     x, w = torch.zeros(5000, 64, dtype=torch.bfloat16), torch.zeros(96, 64, dtype=torch.bfloat16)
     bias = torch.zeros(128, dtype=torch.bfloat16)
@@ -344,12 +346,16 @@ def test_where_wide_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen.plan(x, w, bias[:96].expand(5000, 96), vector=False) == [("tile", 5000)], "an address it does not know"
     assert seen.plan(x, w, torch.zeros(5000, 96, dtype=torch.bfloat16), vector=False) == [("tile", 5000)], "a matrix"
     assert seen.plan(x.float(), w.float()) == [("stream", 5000)]
+    many = torch.zeros(12288, 64, dtype=torch.bfloat16)
+    assert [seen.plan(x[:m], many)[0][0] for m in (64, 65, 512)] == ["skinny", "wide", "wide"]
+    assert seen.plan(x[:65], many, alpha=2.0) == [("skinny", 65)]
     seen.proved = False
+    assert seen.plan(x[:65], many) == [("skinny", 65)]
     assert seen.plan(x, w) == [("tile", 5000)], "inside a capture, before its code was proved"
     choices = (matmul_table.Choice("wide"),)
     key = matmul_table.Key(96, 64, torch.bfloat16, 64, False, None)  # type: ignore[arg-type]
     matmul_table.use([matmul_table.Table(key, (16384,), choices, 1024, (1024, 2048), 1)])
-    assert seen.plan(x[:7], w) == [("tile", 7)]
+    assert seen.plan(x[:7], w) == [("skinny", 7)]
     seen.proved = True
     assert seen.plan(x[:7], w) == [("wide", 7)] and seen.plan(x[:1500], w) == [("wide", 1024), ("wide", 476)]
 
@@ -385,7 +391,7 @@ def test_many_rows_run_wide(
             for given in (x, gaps):
                 started.clear()
                 expect(linear(given[most - rows :], w, added), expected[most - rows :], rows)
-                assert bool(started) == (rows > matmul_cuda.SKINNY_ROWS), rows
+                assert bool(started) == (matmul_cuda.by_rule(rows, n, dtype, 0).path == "wide"), rows
                 seen |= set(started)
         expect(COVERED["aten::addmm"](bias, x, w.t(), alpha=2), linear(x + x, w, bias, path="reference"))
         expect(linear(x[7:107], w, added, path="wide"), expected[7:107])

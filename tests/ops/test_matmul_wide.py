@@ -11,6 +11,7 @@ import torch
 
 from detinfer.errors import Diverged, UsageError
 from detinfer.ops import matmul_wide, matmul_wide_proof, moe_cuda
+from detinfer.ops.matmul_blocks import WIDE
 from detinfer.ops.matmul_wide import Code, Kind, lies, takes
 
 BF16 = torch.bfloat16
@@ -189,7 +190,7 @@ def test_each_kind_is_proved(even: bool, grouped: bool, across: bool) -> None:
     turn = even + grouped + across
     kind = Kind(
         torch.cuda.current_device(), matmul_wide.DTYPES[turn % 2], torch.float32 if grouped != even else
-        matmul_wide.DTYPES[turn % 2], matmul_wide.TILES[(even + across) % 3], grouped, turn % 3 == 0, even, across,
+        matmul_wide.DTYPES[turn % 2], ((128, 256), *(block[:2] for block in WIDE))[(even + across) % 3], grouped, turn % 3 == 0, even, across,
     )  # fmt: skip
     code = matmul_wide_proof.made_and_proved(kind)
     assert code is not None, "Triton makes code on this machine"
