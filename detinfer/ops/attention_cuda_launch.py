@@ -25,9 +25,6 @@ _FEW_ROWS = 16  # the least rows of a tile on the matrix unit
 FILLED = 3.8
 """Programs of decode for each multiprocessor that are enough, where three fit at a time: a launch that has more lets each
 take several splits of its row, whose start and end it then has once. Measured on an H200 (docs/reference/benchmarks.md)."""
-BUNCH = 8
-"""Programs of prefill for each multiprocessor, where two fit at a time, whose longest start first. With fewer the last heads'
-longest tiles run alone in the end; with all of them at once, K and V of more heads than need be pass through the cache."""
 CROWDED = 32
 """Programs for each multiprocessor from which that gains nothing: others always run while one starts."""
 Span = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -337,10 +334,8 @@ def _cut(
     }  # fmt: skip
     if launch.kernel == "prefill":
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.stride[:3])
-        tiles = -(-queries // (wide // group))
-        launch.grid = (tiles, batch * kv_heads)
-        bunch = -(-BUNCH * _multiprocessors(q.device) // tiles)
-        launch.numbers = (kv_heads, heads, queries, n_keys, keys.shift, 0, bunch, c, *strides)
+        launch.grid = (-(-queries // (wide // group)), batch * kv_heads)
+        launch.numbers = (kv_heads, heads, queries, n_keys, keys.shift, 0, c, *strides)
         launch.constants |= {"BM": wide, "num_warps": large.warps, "num_stages": large.stages}
         launch.tiles = (_described(k, kernels.block), _described(v, kernels.block))
         return

@@ -52,29 +52,17 @@ def _steps(
     return m, z, acc, top, total, out
 
 
-@triton.jit
-def _place(bunch, nil):
-    """(tile, which of all heads of K and V) of this program: the longest tiles of ``bunch`` heads first, then their next
-    ones, and so on, so that the last programs to start are short."""
-    tiles = tl.num_programs(0) + nil
-    at = (tl.program_id(1) + nil) * tiles + tl.program_id(0)
-    first = at // (tiles * bunch) * bunch
-    wide = tl.minimum(tl.num_programs(1) - first, bunch)
-    at -= first * tiles
-    return tiles - 1 - at // wide, first + at % wide
-
-
 @triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_LOOSE)
 def prefill(
-    Q, K, V, KD, VD, OUT, LSE, HK, H, LQ, LK, shift, nil, bunch, c,
+    Q, K, V, KD, VD, OUT, LSE, HK, H, LQ, LK, shift, nil, c,
     q_b, q_h, q_i, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_i,
     G: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BM: tl.constexpr, CAUSAL: tl.constexpr, WANT_LSE: tl.constexpr,
 ):  # fmt: skip
     """A tile of BM // G positions of G query heads. ``nil`` is 0: what follows the loop is computed anew, not kept."""
-    tile, heads = _place(bunch, 0)
-    batch = heads // HK
-    head = heads % HK
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    batch = tl.program_id(1) // HK
+    head = tl.program_id(1) % HK
     r = tl.arange(0, BM)
     i = tile * (BM // G) + r // G
     h = head * G + r % G
@@ -100,12 +88,11 @@ def prefill(
         q, KD, VD, batch, head // SHARE, full, hi, split, end, c, m, z, acc, top, total, out, DP, DVP
     )
     r = tl.arange(0, BM)
-    tile, heads = _place(bunch, nil)
-    i = tile * (BM // G) + r // G
+    i = (tile + nil) * (BM // G) + r // G
     top, total, out = _merge(top, total, out, m, z, acc)
     o, lse = _finish(top, total, out, top, False)
     ov = tl.arange(0, DVP)
-    head = heads % HK
+    head = (tl.program_id(1) + nil) % HK
     h = head * G + r % G
     valid = (r < BM // G * G) & (i < LQ)
     o_at = batch.to(tl.int64) * o_b + h.to(tl.int64) * o_h + i.to(tl.int64) * o_i
@@ -120,7 +107,7 @@ def prefill(
         kv = (head // SHARE).to(tl.int64)
         K += batch.to(tl.int64) * k_b + kv * k_h
         V += batch.to(tl.int64) * v_b + kv * v_h
-        first = tile * (BM // G)
+        first = (tile + nil) * (BM // G)
         q = tl.load(Q + (q_at + nil)[:, None] + od[None, :], mask=valid[:, None] & (od < D)[None, :], other=0.0)
         for at in range(first, tl.minimum(first + BM // G, LQ)):
             limit = LK

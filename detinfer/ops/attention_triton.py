@@ -33,7 +33,6 @@ _FREE = (
     "shift",
     "window",
     "each",
-    "bunch",
     "table_b",
     "span_b",
     "span_h",

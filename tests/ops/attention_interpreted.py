@@ -34,7 +34,7 @@ def on_the_cpu() -> None:
     torch._C._cuda_getDevice = lambda: None  # type: ignore[attr-defined]
     torch.cuda.is_current_stream_capturing = lambda: False
     launch._check_devices = lambda *_: None  # type: ignore[assignment]
-    launch._multiprocessors = lambda _: 1  # type: ignore[assignment]  # two heads of four tiles go together
+    launch._multiprocessors = lambda _: 1  # type: ignore[assignment]
 
     def workspace(out: torch.Tensor, programs: int, splits: int, rows: int, width: int) -> tuple[torch.Tensor, ...]:
         count = programs * splits * rows
