@@ -42,12 +42,16 @@ def wide(
         end = tl.load(TILES + 3 + 3 * tile)
     at = first + tl.arange(0, BM)
     here = at < end
-    a = tl.minimum(at, end - 1)  # rows past the end are the last one's, and are not stored
-    if GROUPED:
-        a = tl.load(ORDER + a)
     n = within // high * BN + tl.arange(0, BN)
     known = n < N
-    column = tl.minimum(n, N - 1)
+    # Rows and columns past the end are not stored. Of one weight they are others again, each another: if all were the last
+    # one, every program would read the same line of the second cache many times at once.
+    if GROUPED:
+        a = tl.load(ORDER + tl.minimum(at, end - 1))
+        column = tl.minimum(n, N - 1)
+    else:
+        a = first + tl.arange(0, BM) % (end - first)
+        column = n % N
     k = tl.arange(0, DEPTH)
     x = X + (a // places).to(tl.int64)[:, None] * x_row + k[None, :]
     w = W + expert.to(tl.int64) * w_expert if GROUPED else W
