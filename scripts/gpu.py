@@ -57,7 +57,7 @@ def run(command: list[str], limit: float | None = None, **variables: str) -> int
 def build(folder: Path, mutant: int = 0, sources: Sequence[str] = COLLECTIVES) -> Path:
     """The GPU library of ``sources`` for the architecture 90, in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    nvcc = ["nvcc", "-O3", "-std=c++17", "-arch=sm_90", "-fmad=false", "-cudart", "static", "--split-compile=0"]
+    nvcc = ["nvcc", "-O3", "-std=c++17", "-arch=sm_90", "-fmad=false", "-cudart", "static"]
     nvcc += [f"-DDETINFER_MUTANT={mutant}", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"]
 
     def compile_one(name: str) -> int:
