@@ -215,17 +215,41 @@ def _copied(node: Node) -> Node:
 
 @bits.unseen
 def _state(module: nn.Module) -> tuple[torch.Tensor, dict[str, object]]:
-    held: dict[str, object] = {
+    return _drawn(), _kept(module)
+
+
+def _drawn() -> torch.Tensor:
+    """The states of torch's generators."""
+    drawn = torch.get_rng_state()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        drawn = torch.cat([drawn, torch.cuda.get_rng_state()])
+    return drawn
+
+
+def _kept(module: nn.Module) -> dict[str, object]:
+    """What a module itself keeps, by name: numbers, and of its tensors which they are and how often they were written."""
+    found: dict[str, object] = {
         name: value
         for name, value in vars(module).items()
         if isinstance(value, int | float | str | bool) and not name.startswith("_")
     }
     for name, tensor in itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
-        held[name] = ("tensor", id(tensor), -1 if tensor.is_inference() else tensor._version)
-    drawn = torch.get_rng_state()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        drawn = torch.cat([drawn, torch.cuda.get_rng_state()])
-    return drawn, held
+        found[name] = ("tensor", id(tensor), -1 if tensor.is_inference() else tensor._version)
+    return found
+
+
+@bits.unseen
+def held(model: nn.Module) -> dict[str, object]:
+    """What all modules keep between calls, by name, and where torch's random numbers are."""
+    found: dict[str, object] = {"random numbers": _drawn().numpy().tobytes()}
+    for name, module in model.named_modules():
+        found |= {f"{name}.{what}".lstrip("."): value for what, value in _kept(module).items()}
+    return found
+
+
+def changed(before: dict[str, object], after: dict[str, object]) -> list[str]:
+    """The names of ``held`` that have other values now."""
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
 @bits.unseen

@@ -12,7 +12,7 @@ import detinfer
 from detinfer import bits, environment, native
 from detinfer.errors import Diverged, TargetError
 from detinfer.goldens import tree
-from detinfer.goldens.capture import Call, Skipped
+from detinfer.goldens.capture import Call, Skipped, changed, held
 from detinfer.goldens.collect import WHOLE, Collected, Keep, Key, Shape, collect, nonfinite, phase, shapes
 from detinfer.goldens.format import GoldenWriter
 from detinfer.goldens.manifest import Manifest
@@ -258,13 +258,20 @@ def _runs(
 ) -> Collected:
     """Every request alone, three times with the same bytes: what ``recorder`` keeps of the first run."""
     progress(f"run 1 of {RUNS}, alone")
+    before = held(target.module)
     first = collect(target, requests, chosen, keep=recorder)
     follow = first.tokens or [() for _ in requests]
     requests = [replace(request, follow=follow[index]) for index, request in enumerate(requests)]
     for number in range(2, RUNS + 1):
         progress(f"run {number} of {RUNS}, alone")
         keep = _Again(first, recorder.writer, number)
-        again = collect(target, requests, chosen, watch_state=number == RUNS, keep=keep)
+        try:
+            again = collect(target, requests, chosen, watch_state=number == RUNS, keep=keep)
+        except Diverged as error:
+            if moved := changed(before, held(target.module)):
+                more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
+                raise Diverged(f"{error}. What it keeps changed while it ran: {', '.join(moved[:3])}{more}") from None
+            raise
         for key, calls in first.calls.items():
             for name, call in calls.items():
                 if isinstance(call, Call) and not isinstance(again.calls[key].get(name), Call):

@@ -63,6 +63,27 @@ class Sparse(nn.Module):
         return found.nonzero()
 
 
+class Counts(nn.Module):
+    """Each call sees how many there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1.0
+        y: torch.Tensor = self.inner(x) * self.calls
+        return y
+
+
+class Drops(nn.Module):
+    """A dropout that asks for no mode."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
 class Words(nn.Module):
     def forward(self, x: torch.Tensor) -> str:
         return f"{len(x)} rows"
@@ -94,6 +115,14 @@ def sparse() -> tuple[nn.Module, list[torch.Tensor]]:
     return _with(Sparse())
 
 
+def counts() -> tuple[nn.Module, list[torch.Tensor]]:
+    return _with(nn.Sequential(nn.Linear(WIDTH, WIDTH), Counts()))
+
+
+def drops() -> tuple[nn.Module, list[torch.Tensor]]:
+    return _with(Drops())
+
+
 def words() -> tuple[nn.Module, list[torch.Tensor]]:
     return _with(Words())
 
@@ -119,6 +148,22 @@ def test_a_forward_that_raises(
     said = " ".join(capsys.readouterr().err.split())
     assert f"its forward raised {says}" in said and "test_odd_modules.py" in said and f"a batch of {rows}" in said
     assert "internal error" not in said and not (tmp_path / "golden").exists()
+
+
+@pytest.mark.parametrize(("name", "keeps"), [("counts", "1.calls"), ("drops", "random numbers")])
+def test_what_a_module_keeps_is_named(
+    name: str, keeps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where runs differ because a call sees what another left, it is said what."""
+    assert (
+        cli.run(
+            ["record", f"test_odd_modules:{name}", "-o", str(tmp_path / "golden"), "--allow", "aten::bernoulli_.float"]
+        )
+        != 0
+    )
+    said = " ".join(capsys.readouterr().err.split())
+    assert "does not repeat itself" in said and said.endswith(f"What it keeps changed while it ran: {keeps}"), said
+    assert not (tmp_path / "golden").exists()
 
 
 def test_an_argument_that_is_written_into(tmp_path: Path) -> None:
