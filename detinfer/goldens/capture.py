@@ -239,7 +239,7 @@ def _kept(module: nn.Module) -> dict[str, object]:
 
 
 @bits.unseen
-def held(model: nn.Module) -> dict[str, object]:
+def states(model: nn.Module) -> dict[str, object]:
     """What all modules keep between calls, by name, and where torch's random numbers are."""
     found: dict[str, object] = {"random numbers": _drawn().numpy().tobytes()}
     for name, module in model.named_modules():
@@ -248,7 +248,7 @@ def held(model: nn.Module) -> dict[str, object]:
 
 
 def changed(before: dict[str, object], after: dict[str, object]) -> list[str]:
-    """The names of ``held`` that have other values now."""
+    """The names of ``states`` that have other values now."""
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 

@@ -12,7 +12,7 @@ import detinfer
 from detinfer import bits, environment, native
 from detinfer.errors import Diverged, TargetError
 from detinfer.goldens import tree
-from detinfer.goldens.capture import Call, Skipped, changed, held
+from detinfer.goldens.capture import Call, Skipped, changed, states
 from detinfer.goldens.collect import WHOLE, Collected, Keep, Key, Shape, collect, nonfinite, phase, shapes
 from detinfer.goldens.format import GoldenWriter
 from detinfer.goldens.manifest import Manifest
@@ -258,7 +258,7 @@ def _runs(
 ) -> Collected:
     """Every request alone, three times with the same bytes: what ``recorder`` keeps of the first run."""
     progress(f"run 1 of {RUNS}, alone")
-    before = held(target.module)
+    before = states(target.module)
     first = collect(target, requests, chosen, keep=recorder)
     follow = first.tokens or [() for _ in requests]
     requests = [replace(request, follow=follow[index]) for index, request in enumerate(requests)]
@@ -268,7 +268,7 @@ def _runs(
         try:
             again = collect(target, requests, chosen, watch_state=number == RUNS, keep=keep)
         except Diverged as error:
-            if moved := changed(before, held(target.module)):
+            if moved := changed(before, states(target.module)):
                 more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
                 raise Diverged(f"{error}. What it keeps changed while it ran: {', '.join(moved[:3])}{more}") from None
             raise

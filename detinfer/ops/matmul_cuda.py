@@ -61,8 +61,8 @@ def kernel(
     beta: float = 1.0,
     variant: int = -1,
 ) -> Step:
-    """A product on one of csrc's paths, or ``wide`` where it takes the operands: x [(B,) M, K], w [(B,) N, K], c [(B,) M, N] or none, all of any strides, and out
-    contiguous. Of the tensors only shapes, strides, dtype and device are taken."""
+    """A product on one of csrc's paths, or on ``wide`` where it takes the operands: x [(B,) M, K], w [(B,) N, K],
+    c [(B,) M, N] or none, all of any strides, and out contiguous. Of the tensors only shapes, strides, dtype and device are taken."""
     if path == "wide":
         if (found := wide_kernel(x, w, c, alpha, beta)) is None:
             raise NativeError(

@@ -2,8 +2,9 @@
 
 The order is that of ``detinfer/ops/moe.py`` with products as csrc/moe_gpu.h has them: bf16 and fp16 on the matrix unit, one
 accumulator over k, so that the bits are a GPU's and not the CPU's. They run on csrc's tiles or, where there are many tokens, on
-``matmul_wide``, with the same bytes. What is not a product (top-k, the sum over places) has the CPU's bits. Nothing depends on how many tokens an expert got, no call waits for the device or allocates outside torch:
-all of it runs inside the capture of a CUDA graph. fp32 runs as the composed form does, one expert after another.
+``matmul_wide``, with the same bytes. What is not a product (top-k, the sum over places) has the CPU's bits. Nothing depends
+on how many tokens an expert got, no call but the first of a kind of ``wide`` waits for the device, none allocates outside
+torch: all of it runs inside the capture of a CUDA graph. fp32 runs as the composed form does, one expert after another.
 """
 
 from __future__ import annotations

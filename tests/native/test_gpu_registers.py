@@ -23,6 +23,7 @@ def stacks(library: str) -> dict[str, int]:
     return {name: int(size) for name, size in re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", said)}
 
 
+@pytest.mark.gpu
 def test_rows_lie_in_registers() -> None:
     """nvcc's ``--split-compile`` put them into local memory: norms and softmax of many rows took two to three times as long."""
     found = native.load_gpu()

@@ -38,3 +38,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def capability_9() -> None:
+    """For tests of ``wide``, which runs on GPUs of compute capability 9 alone."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    if (major := torch.cuda.get_device_capability()[0]) != 9:
+        pytest.skip(f"wide runs on compute capability 9, and this GPU has {major}")

@@ -360,13 +360,8 @@ def test_where_wide_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen.plan(x[:7], w) == [("wide", 7)] and seen.plan(x[:1500], w) == [("wide", 1024), ("wide", 476)]
 
 
-needs_wide = pytest.mark.skipif(
-    "not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9", reason="wide runs on capability 9"
-)
-
-
 @pytest.mark.gpu
-@needs_wide
+@pytest.mark.usefixtures("capability_9")
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("n", "k"), [(288, 720), (1280, 2048), (4096, 576)])
 def test_many_rows_run_wide(
@@ -399,7 +394,7 @@ def test_many_rows_run_wide(
 
 
 @pytest.mark.gpu
-@needs_wide
+@pytest.mark.usefixtures("capability_9")
 def test_wide_is_not_proved_inside_a_capture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """There ``tile`` runs, and is not kept for the calls that come after."""
     x, w = operands(600, 512, 320, torch.bfloat16, device)
@@ -421,7 +416,7 @@ def test_wide_is_not_proved_inside_a_capture(device: torch.device, monkeypatch: 
 
 
 @pytest.mark.gpu
-@needs_wide
+@pytest.mark.usefixtures("capability_9")
 def test_what_wide_does_not_take(device: torch.device) -> None:
     """Held to it, it is refused; left to the rule, another path has the bytes."""
     x, w = operands(600, 512, 320, torch.bfloat16, device)

@@ -163,13 +163,8 @@ def planted(fault: str, folder: Path) -> Any:
     return module.wide
 
 
-needs_wide = pytest.mark.skipif(
-    "not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9", reason="wide runs on capability 9"
-)
-
-
 @pytest.mark.gpu
-@needs_wide
+@pytest.mark.usefixtures("capability_9")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_kernel_is_not_proved(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from detinfer.ops import matmul_triton
@@ -181,7 +176,7 @@ def test_a_wrong_kernel_is_not_proved(fault: str, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.gpu
-@needs_wide
+@pytest.mark.usefixtures("capability_9")
 @pytest.mark.parametrize("across", [False, True], ids=["by k", "across"])
 @pytest.mark.parametrize("grouped", [False, True], ids=["rows", "grouped"])
 @pytest.mark.parametrize("even", [False, True], ids=["a part of a stage", "whole stages"])
@@ -198,7 +193,7 @@ def test_each_kind_is_proved(even: bool, grouped: bool, across: bool) -> None:
 
 
 @pytest.mark.gpu
-@needs_wide
+@pytest.mark.usefixtures("capability_9")
 @pytest.mark.parametrize("dtype", matmul_wide.DTYPES)
 def test_not_a_number_and_infinity(dtype: torch.dtype) -> None:
     """The plain kernel's bytes also there: one NaN for all."""

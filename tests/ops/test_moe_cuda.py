@@ -100,12 +100,7 @@ class Started:
         return call(*args), set(self.rows)
 
 
-needs_wide = pytest.mark.skipif(
-    "not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9", reason="wide runs on capability 9"
-)
-
-
-@needs_wide
+@pytest.mark.usefixtures("capability_9")
 @pytest.mark.parametrize("dtype", HALVES, ids=bits.dtype_name)
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_many_tokens_run_wide(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +130,7 @@ def test_many_tokens_run_wide(name: str, dtype: torch.dtype, monkeypatch: pytest
     expect(moe_cuda.experts(x[order], chosen[order], weights[order], layer), whole[order], "another order")
 
 
-@needs_wide
+@pytest.mark.usefixtures("capability_9")
 def test_a_capture_without_a_proof_runs_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled or proved inside a capture; once it was proved outside, ``wide`` runs there too."""
     x, chosen, weights, layer = case("mixtral", 128, torch.bfloat16)
@@ -156,7 +151,7 @@ def test_a_capture_without_a_proof_runs_tiles(monkeypatch: pytest.MonkeyPatch) -
         expect(found, want, proved)
 
 
-@needs_wide
+@pytest.mark.usefixtures("capability_9")
 def test_rows_of_one_weight_run_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shared expert's product, which stays in fp32: the bytes of the plain kernel on both sides of the rule's edge."""
     x, w, bias = operands(200, 1, 704, 400, torch.bfloat16)
