@@ -106,7 +106,7 @@ static __global__ void __launch_bounds__(kClusterThreads, kHold <= 10 ? 2 : 1) c
 #pragma unroll
   for (int mask = 16; mask >= 1; mask /= 2) sum = add_rn(sum, from_lane_xor(sum, mask));
 
-  const float log_sum = kLog ? static_cast<float>(log64(static_cast<double>(sum))) : 0.0f;
+  const float log_sum = kLog ? log_of_sum(sum) : 0.0f;
   const Divisor divided(kLog ? 1.0f : sum);
 #pragma unroll
   for (int k = 0; k < kHold; k++) {

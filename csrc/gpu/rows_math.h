@@ -57,6 +57,39 @@ static __device__ __forceinline__ double log64(double x) {
   return x == x ? result : x;
 }
 
+// log64 of a sum of exponentials, rounded to fp32: the same value by pairs of fp32, since a row waits for it and doubles are
+// slow. At least 1 and finite, and where the pair is too near the middle of two floats, or NaN, log64 itself decides.
+//
+// The pair is log64's own polynomial to 2^-35.7 of its value (every float from 1 up was tried), so that both ends of a range
+// 2^-35 to either side round to log64's float wherever they round alike: all but one sum in 1,400.
+static __device__ __forceinline__ float log_of_sum(float sum) {
+  const uint32_t one = 0x3f800000u, root_half = 0x3f3504f4u;  // m is the fraction that log64 takes, also at its edges
+  const uint32_t bits = __float_as_uint(sum), exponent = (bits + (one - root_half)) & 0x7f800000u;
+  const float m = __uint_as_float(bits - exponent + one);
+  const float k = static_cast<float>(static_cast<int>(exponent >> 23) - 127);
+  // s = (m - 1) / (m + 1) and t = s s: high and low parts, of which only the quotient's first digits are not exact.
+  const float f = add_rn(m, -1.0f), by = add_rn(m, 1.0f), by_low = add_rn(m, -add_rn(by, -1.0f));
+  const float inverse = __fdividef(1.0f, by), s = mul_rn(f, inverse);
+  const float s_low = mul_rn(fma_rn(-s, by_low, fma_rn(-s, by, f)), inverse);
+  const float t = mul_rn(s, s), t_low = fma_rn(mul_rn(2.0f, s), s_low, fma_rn(s, s, -t));
+  float q = fma_rn(t, 0x1.911284p-3f, 0x1.c62b4cp-3f);
+  q = fma_rn(q, t, 0x1.249412p-2f);
+  q = fma_rn(q, t, 0x1.999996p-2f);
+  const float first = 0x1.555556p-1f, first_low = -0x1.53c4d2p-26f, tq = mul_rn(t, q);
+  const float p = add_rn(first, tq), p_low = add_rn(add_rn(tq, -add_rn(p, -first)), fma_rn(t_low, q, first_low));
+  const float w = mul_rn(t, p), w_low = fma_rn(t, p_low, fma_rn(t_low, p, fma_rn(t, p, -w)));
+  const float u = mul_rn(s, w), u_low = fma_rn(s, w_low, fma_rn(s_low, w, fma_rn(s, w, -u)));
+  // k ln 2 + 2 s + u, the greater first: k times ln 2's first 16 bits is exact.
+  const float whole = mul_rn(k, 0x1.62e4p-1f), twice = mul_rn(2.0f, s);
+  const float near = add_rn(whole, twice), high = add_rn(near, u);
+  const float low = add_rn(add_rn(add_rn(twice, -add_rn(near, -whole)), add_rn(u, -add_rn(high, -near))),
+                           fma_rn(k, 0x1.7f7d1cp-20f, fma_rn(2.0f, s_low, u_low)));
+  const float range = mul_rn(add_rn(high, low), 0x1p-35f);
+  const float above = add_rn(high, add_rn(low, range)), below = add_rn(high, add_rn(low, -range));
+  if (bits - one < 0x40000000u && above == below) return above;
+  return static_cast<float>(log64(static_cast<double>(sum)));
+}
+
 // Many values in [0, 1] by one divisor of at least 1 (or NaN), each quotient correctly rounded.
 class Divisor {
  public:

@@ -25,6 +25,7 @@ template <class Type, int kGroup_, int kWarps_, int kPack_, int kHold_, bool kAl
   static constexpr int kRound = kGroup * kWarps * kPack;
   static constexpr int kAllSlots = kRowLanes / kRound;
   static constexpr int kSlots = kHold != 0 && kHold < kAllSlots ? kHold : kAllSlots;
+  static constexpr bool kFewValues = kWarps == 1 && kHold != 0 && kHold * kPack <= 8;  // of a thread
   static constexpr int kAtOnce = kHold != 0 ? kHold : (32 / kPack > kSlots ? 32 / kPack : kSlots);
   static_assert(kWarps == 1 || kGroup == 32, "a row of several warps has all of their threads");
   static_assert(kRound <= kRowLanes && kAtOnce % kSlots == 0, "a round is at most one lane an element");

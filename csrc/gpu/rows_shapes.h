@@ -51,7 +51,7 @@ template <class T, bool kManyThreads, class Visit> static inline int with_shape(
       break;
     case GpuRowsShape::kAnyBlock: return visit(ShapeIs<RowShape<T, 32, 16, 2, 0, false>>());
     case GpuRowsShape::kPartOfWarp:
-      if (p.n <= 128) return visit(ShapeIs<RowShape<T, 128 / kPack, 1, kPack, 1, true>>());
+      if (p.n <= 128) return visit(ShapeIs<RowShape<T, 32, 1, 4, 1, true>>());
       break;
     case GpuRowsShape::kFewThreads:
       if (p.n <= 128) return visit(ShapeIs<RowShape<T, 64 / kPack, 1, kPack, 2, true>>());

@@ -42,7 +42,7 @@ template <int kPack> static __device__ __forceinline__ void exponentials(float (
 }
 
 template <class Shape, bool kLog>
-static __global__ void __launch_bounds__(Shape::kThreads) softmax(DETINFER_PARAMETER GpuRowsArgs p) {
+static __global__ void __launch_bounds__(Shape::kThreads, Shape::kFewValues ? 2048 / Shape::kThreads : 0) softmax(DETINFER_PARAMETER GpuRowsArgs p) {
   using T = typename Shape::T;
   constexpr int kPack = Shape::kPack;
   __shared__ typename Row<Shape>::Shared shared[2];
@@ -75,7 +75,7 @@ static __global__ void __launch_bounds__(Shape::kThreads) softmax(DETINFER_PARAM
   const float sum = Row<Shape>::halve(lane, shared[1]);
 
   if constexpr (kLog) {
-    const float log_sum = static_cast<float>(log64(static_cast<double>(sum)));
+    const float log_sum = log_of_sum(sum);
     values.each([&](int k, int, float(&v)[kPack]) {
 #pragma unroll
       for (int i = 0; i < kPack; i++) v[i] = add_rn(add_rn(v[i], -most), -log_sum);

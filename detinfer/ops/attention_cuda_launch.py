@@ -22,11 +22,13 @@ _SCANNED = 16384  # a mask up to here is read by the decode kernel itself
 _LEAST_SCALE = 2.0**-100  # of ``prefill``, where a masked score times the scale has to stay -inf
 _FEW_ROWS = 16  # the least rows of a tile on the matrix unit
 
-FILLED = 3.8
-"""Programs of decode for each multiprocessor that are enough, where three fit at a time: a launch that has more lets each
-take several splits of its row, whose start and end it then has once. Measured on an H200 (docs/reference/benchmarks.md)."""
-CROWDED = 32
-"""Programs for each multiprocessor from which that gains nothing: others always run while one starts."""
+FILLED = 2
+"""Programs of decode for each multiprocessor that read as fast as more of them would."""
+FITTING = 4
+"""Programs of decode that run on a multiprocessor at a time: a launch that has a few more lets each take several splits of its
+row, so that it ends with all of them. Measured on an H200 (docs/reference/benchmarks.md)."""
+CROWDED = 19
+"""Programs for each multiprocessor from which that gains nothing: what the last ones take is little beside the rest."""
 Span = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -86,28 +88,32 @@ class Shape:
 @dataclass(frozen=True)
 class Deal:
     """How decode's splits are dealt to programs: ``each`` to one, its warps, stages of its pipeline. 0: by the rule.
+    ``whole``: all of a row to one, whatever ``each`` says.
 
-    Bits do not depend on it. More than one ``each`` is machine code of its own, the same for any number.
+    Bits do not depend on it. More than one ``each`` is machine code of its own, the same for any number; whole rows too.
     """
 
     each: int = 0
     warps: int = 0
     stages: int = 0
+    whole: bool = False
 
 
 BY_RULE = Deal()
 
 
 def _each(rows: int, splits: int, processors: int) -> int:
-    """Splits that a program takes where ``rows`` rows have ``splits`` each: doubled while enough programs are left."""
-    each = 1
-    while (
-        rows * splits <= CROWDED * processors
-        and each < splits
-        and rows * -(-splits // (2 * each)) >= FILLED * processors
-    ):
-        each *= 2
-    return min(each, splits)
+    """Splits that a program takes where ``rows`` rows have ``splits`` each: one, or so many that all programs fit at a time."""
+    if rows * splits > CROWDED * processors:
+        return 1
+    fitting = (n for n in range(1, splits + 1) if rows * -(-splits // n) <= FITTING * processors)
+    return next(fitting, 1)
+
+
+def _whole(rows: int, processors: int) -> bool:
+    """Whether a program takes a whole row: where rows alone give all of the chip something to read, and end together or are
+    a crowd. Nothing is left for another program then. However long the rows, so that machine code stays while they grow."""
+    return FILLED * processors < rows <= FITTING * processors or rows > CROWDED * processors
 
 
 @functools.cache
@@ -372,14 +378,17 @@ def _cut(
     processors, stages = _multiprocessors(q.device), few_shape.stages
     if stages > 1 and deepest <= 128 and programs * kernels.most <= 2 * processors:
         stages = 3  # two of a multiprocessor at most, however long the rows: each hides its own waiting
-    each, several = min(deal.each, splits), deal.each > 1
+    each, several, whole = min(deal.each, splits), deal.each > 1, deal.whole
     if not deal.each:
         each, several = 1, False
         if q.dtype is not torch.float32:  # whose products leave no register for more
+            whole = whole or _whole(programs, processors)
             each = _each(programs, splits, processors)
             # If any length of these rows has several: rows grow, and other machine code must not be made in the middle of
             # a generation.
             several = any(_each(programs, n, processors) > 1 for n in range(2, kernels.most + 1))
+    if whole:
+        each, several, splits = 1, False, 1
     pieces = -(-splits // each)
     launch.grid = (pieces, programs)
     launch.work = (programs, pieces * each, group * positions, padded(value_depth))
@@ -387,7 +396,7 @@ def _cut(
     of_tile = max(few_shape.rows, _power(group * positions))
     warps = few_shape.warps if of_tile < 64 else max(few_shape.warps, 4)  # two would keep their sums in local memory
     launch.constants |= {
-        "BM": of_tile, "POSITIONS": positions, "SCAN": scan, "SEVERAL": several,
+        "BM": of_tile, "POSITIONS": positions, "SCAN": scan, "SEVERAL": several, "WHOLE": whole,
         "num_warps": deal.warps or warps, "num_stages": deal.stages or stages,
     }  # fmt: skip
 

@@ -118,9 +118,9 @@ def prove(op: str, dtype: torch.dtype) -> tuple[int, bytes]:
         row = (query[:, :, at : at + 1], key[:, :, : at + 1], value[:, :, : at + 1])
         for path in ("decode", "tiles"):
             expect(by_path(row, Keys(), path), expected[:, :, at : at + 1], f"one row on {at + 1} keys by {path}")
-        for each in (2, 3):
-            got = by_path(row, Keys(), "decode", Deal(each))
-            expect(got, expected[:, :, at : at + 1], f"one row on {at + 1} keys, {each} splits a program")
+        for deal in (Deal(2), Deal(3), Deal(1, whole=True)):
+            got = by_path(row, Keys(), "decode", deal)
+            expect(got, expected[:, :, at : at + 1], f"one row on {at + 1} keys, {deal}")
 
     padded = [torch.full((2, t.shape[1], 960, 64), math.nan, dtype=dtype, device="cuda") for t in (key, value)]
     seen = torch.zeros(2, 1, 1, 960, dtype=torch.bool, device="cuda")

@@ -111,7 +111,7 @@ def _deals(launch: Launch) -> tuple[Deal, ...]:
     """What holds a launch to the machine code of ``launch``: where a program takes several splits, each of some counts."""
     if launch.kernel != "decode":
         return (launches.BY_RULE,)
-    shape = launch.constants["num_warps"], launch.constants["num_stages"]
+    shape = launch.constants["num_warps"], launch.constants["num_stages"], launch.constants["WHOLE"]
     return tuple(Deal(each, *shape) for each in (COUNTS if launch.constants["SEVERAL"] else (1,)))
 
 

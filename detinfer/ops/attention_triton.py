@@ -387,13 +387,13 @@ def decode(
     G: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BM: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr,
     MASK: tl.constexpr, STARTED: tl.constexpr, COUNTED: tl.constexpr, SINK: tl.constexpr, WANT_LSE: tl.constexpr,
-    POSITIONS: tl.constexpr, SCAN: tl.constexpr, SEVERAL: tl.constexpr,
+    POSITIONS: tl.constexpr, SCAN: tl.constexpr, SEVERAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One split of POSITIONS x G rows that see the same keys; the last program of these rows to arrive merges.
 
     The rows' keys are those of the first of them. With SCAN they are found here, from the mask. With SEVERAL a program
     takes ``each`` splits that follow each other, and leaves each by itself: merged among themselves first, they would
-    give other bits.
+    give other bits. With WHOLE it takes all, merges each where the next begins, and leaves none.
     """
     piece = tl.program_id(0)
     pieces = tl.num_programs(0)
@@ -479,6 +479,9 @@ def decode(
         begin = (low - origin) // split
         count_all = (end - origin + split - 1) // split
         past = piece + 1
+        if WHOLE:
+            past = count_all
+            piece = begin
         if SEVERAL:
             past = tl.minimum(piece + each, count_all)
             piece = tl.maximum(piece, begin)
@@ -500,28 +503,28 @@ def decode(
             acc = tl.zeros((BM, DVP), tl.float32)
             first = row.to(tl.int64) * pieces
             space = (TOPS, TOTALS, OUTS, first, r, valid, POSITIONS * G)
+            top = tl.full((BM,), float("-inf"), tl.float32)
+            total = tl.zeros((BM,), tl.float32)
+            out = tl.zeros((BM, DVP), tl.float32)
             full_lo = lo
             if WINDOW:
                 full_lo = tl.minimum(tl.maximum(lo, origin + (low - origin + BLOCK - 1) // BLOCK * BLOCK), hi)
-                m, z, acc, _t, _s, _o = _walk(
+                m, z, acc, top, total, out = _walk(
                     q, K, V, TABLE, k_n, v_n, k_page, v_page, lo, full_lo, hi, origin, split, row_low, row_end, bias,
-                    bias_n, c, m, z, acc, m, z, acc, D, DV, DP, DVP, PAGE, MASK, True, False, True, SEVERAL, lo, space,
+                    bias_n, c, m, z, acc, top, total, out, D, DV, DP, DVP, PAGE, MASK, True, WHOLE, True, SEVERAL, lo, space,
                 )  # fmt: skip
             full_hi = tl.maximum(full_lo, origin + (hi - origin) // BLOCK * BLOCK)
             if MASK > 0:
                 full_hi = tl.where(holes, full_lo, full_hi)
-            m, z, acc, _t, _s, _o = _walk(
+            m, z, acc, top, total, out = _walk(
                 q, K, V, TABLE, k_n, v_n, k_page, v_page, full_lo, full_hi, hi, origin, split, row_low, row_end, bias,
-                bias_n, c, m, z, acc, m, z, acc, D, DV, DP, DVP, PAGE, MASK, False, False, True, SEVERAL, lo, space,
+                bias_n, c, m, z, acc, top, total, out, D, DV, DP, DVP, PAGE, MASK, False, WHOLE, True, SEVERAL, lo, space,
             )  # fmt: skip
-            m, z, acc, _t, _s, _o = _walk(
+            m, z, acc, top, total, out = _walk(
                 q, K, V, TABLE, k_n, v_n, k_page, v_page, full_hi, hi, hi, origin, split, row_low, row_end, bias,
-                bias_n, c, m, z, acc, m, z, acc, D, DV, DP, DVP, PAGE, MASK, True, False, True, SEVERAL, lo, space,
+                bias_n, c, m, z, acc, top, total, out, D, DV, DP, DVP, PAGE, MASK, True, WHOLE, True, SEVERAL, lo, space,
             )  # fmt: skip
-            top = tl.full((BM,), float("-inf"), tl.float32)
-            total = tl.zeros((BM,), tl.float32)
-            out = tl.zeros((BM, DVP), tl.float32)
-            if count_all - begin == 1:
+            if WHOLE or (count_all - begin == 1):
                 top, total, out = _merge(top, total, out, m, z, acc)
                 o, lse = _finish(top, total, out, sink, SINK)
                 tl.store(o_ptr, o.to(OUT.dtype.element_ty), mask=o_in)

@@ -44,13 +44,13 @@ def wide(
     here = at < end
     n = within // high * BN + tl.arange(0, BN)
     known = n < N
-    # Rows and columns past the end are not stored. Of one weight they are others again, each another: if all were the last
-    # one, every program would read the same line of the second cache many times at once.
+    # Rows and columns past the end are not stored. Of one weight they are the first ones again, each another: if all were the
+    # last one, every program would read the same line of the second cache many times at once.
     if GROUPED:
         a = tl.load(ORDER + tl.minimum(at, end - 1))
         column = tl.minimum(n, N - 1)
     else:
-        a = first + tl.arange(0, BM) % (end - first)
+        a = at % assignments
         column = n % N
     k = tl.arange(0, DEPTH)
     x = X + (a // places).to(tl.int64)[:, None] * x_row + k[None, :]
@@ -77,5 +77,8 @@ def wide(
         w += DEPTH * w_k
     if BIASED:
         acc += tl.load(BIAS + expert * N + column).to(tl.float32)[None, :]
-    to = OUT + a.to(tl.int64)[:, None] * N + n[None, :]
+    row = at
+    if GROUPED:
+        row = a
+    to = OUT + row.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(to, acc.to(OUT.dtype.element_ty), mask=here[:, None] & known[None, :])

@@ -135,6 +135,10 @@ def main() -> None:
             assert several.constants["SEVERAL"] and several.grid[0] == -(-made.grid[0] // each)
             if got != want:
                 case["other bytes"].append(each)
+        got, whole = run(tensors, keys, Deal(1, whole=True))
+        assert whole.constants["WHOLE"] and whole.grid[0] == 1
+        if got != want:
+            case["other bytes"].append("all")
     print(json.dumps(cases))
 
 

@@ -208,7 +208,7 @@ def test_few_rows_of_a_long_sequence_are_split(calls: list[tuple[Any, ...]]) -> 
 
 
 def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as leave the chip filled, none where it is crowded, what it is told; and one kernel for rows that grow."""
+    """So many that all programs run at a time, one where there are far more, what it is told; one kernel for rows that grow."""
 
     def dealt(keys: int, batch: int = 8, deal: Deal = attention_cuda_launch.BY_RULE) -> tuple[Any, ...]:
         launch = plan(*inputs(heads=8, kv_heads=8, keys=keys, batch=batch), Keys(), 1.0, None, False, None, deal)
@@ -220,19 +220,32 @@ def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypat
         assert dealt(keys, deal=Deal(4)) == ((-(-splits // 4), 64), min(4, splits), True)
     shape = plan(*inputs(), Keys(), 1.0, None, False, None, Deal(2, 8, 5)).constants
     assert (shape["num_warps"], shape["num_stages"]) == (8, 5)
-    for deal, counts in ((Deal(4, 2, 2), attention_cuda_variants.COUNTS), (Deal(1, 2, 2), (1,))):
+    alone = (1,)
+    for deal, counts in (
+        (Deal(4, 2, 2), attention_cuda_variants.COUNTS), (Deal(1, 2, 2), alone), (Deal(1, 2, 2, whole=True), alone),
+    ):  # fmt: skip
         launch = plan(*inputs(), Keys(), 1.0, None, False, None, deal)
         proved = [plan(*inputs(), Keys(), 1.0, None, False, None, d) for d in attention_cuda_variants._deals(launch)]
         assert [made.numbers[7] for made in proved] == [min(count, 4) for count in counts]
         assert all(made.constants == launch.constants for made in proved), "the proof is of other machine code"
-    # 132 multiprocessors: 502 programs are enough, and from 4224 on it is crowded.
+    # 132 multiprocessors: 528 programs run at a time, and more than 2508 are a crowd.
     assert [dealt(keys) for keys in (200, 1000, 1100, 2048, 4096, 4097, 100000)] == [
         ((1, 64), 1, True), ((4, 64), 1, True), ((5, 64), 1, True), ((8, 64), 1, True), ((8, 64), 2, True),
         ((8, 64), 2, True), ((8, 64), 2, True),
     ]  # fmt: skip
-    assert [dealt(keys, batch=64) for keys in (200, 1024, 2048, 2304, 4096)] == [
-        ((1, 512), 1, True), ((1, 512), 4, True), ((1, 512), 8, True), ((9, 512), 1, True), ((16, 512), 1, True),
+    # Rows that fill the chip and fit have a program each, as do rows that are a crowd; what lies between has a split each.
+    assert {dealt(keys, batch=batch) for keys in (200, 4096, 100000) for batch in (34, 64)} == {
+        ((1, 272), 1, False), ((1, 512), 1, False),
+    }  # fmt: skip
+    whole = [
+        plan(*inputs(heads=8, kv_heads=8, keys=2000, batch=batch), Keys(), 1.0, None, False).constants["WHOLE"]
+        for batch in (33, 34, 66, 67, 313, 314)
+    ]
+    assert whole == [False, True, True, False, False, True]
+    assert [dealt(4096, batch=batch) for batch in (10, 12, 16, 19, 20)] == [
+        ((6, 80), 3, True), ((4, 96), 4, True), ((4, 128), 4, True), ((3, 152), 6, True), ((16, 160), 1, True),
     ]  # fmt: skip
+    assert dealt(1024, batch=75) == ((4, 600), 1, False), "whole rows do not fit either, however long"
     assert dealt(4096, batch=1) == ((16, 8), 1, False) and dealt(4096, batch=4) == ((16, 32), 1, False)
     stages = [
         plan(*inputs(heads=8, kv_heads=8, keys=n, batch=b), Keys(), 1.0, None, False).constants["num_stages"]

@@ -96,27 +96,28 @@ def rows() -> Iterator[tuple[str, Any, Keys, torch.Tensor, bool]]:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]} warps, {shape[1]} stages")
 def test_every_deal_gives_the_plain_kernels_bytes(shape: tuple[int, int]) -> None:
     for name, inputs, keys, want, many in rows():
-        for each in (1, *COUNTS):
-            for _ in range(3):  # programs arrive in another order each time
-                got = by_path(inputs, keys, "decode", Deal(each, *shape))
-                assert as_bytes(got.cpu()) == as_bytes(want.cpu()), f"{name}, {each} splits to a program"
+        for deal in (*(Deal(each, *shape) for each in (1, *COUNTS)), Deal(1, *shape, whole=True)):
+            for _ in range(1 if deal.whole else 3):  # programs arrive in another order each time
+                got = by_path(inputs, keys, "decode", deal)
+                assert as_bytes(got.cpu()) == as_bytes(want.cpu()), f"{name}, {deal}"
         if many and keys.table is None and keys.added is None and not keys.window and inputs[0].shape[2] == 1:
             backwards = reference(*inputs, backwards=True)
             assert as_bytes(backwards.cpu()) != as_bytes(want.cpu()), f"{name} would not show another order"
 
 
 @pytest.mark.gpu
-def test_several_splits_and_their_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine code for several splits is proved before its first result, once."""
+@pytest.mark.parametrize(("kind", "batch"), [("SEVERAL", 32), ("WHOLE", 64)])
+def test_other_deals_and_their_proofs(kind: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine code for several splits, and that for whole rows, is proved before its first result, once."""
     proved: dict[str, int] = {}
     monkeypatch.setattr(variants, "_proved", proved)
-    monkeypatch.setattr(launches, "FILLED", 1.0)
-    monkeypatch.setattr(launches, "CROWDED", 100)
-    inputs = stress((32, 8), 1, 1025, 128, torch.bfloat16, 64)
+    monkeypatch.setattr(launches, "_multiprocessors", lambda _: 132)
+    inputs = stress((32, 8), 1, 1025, 128, torch.bfloat16, batch)
     launch = launches.plan(*inputs, Keys(), 128**-0.5, None, False)
-    assert launch.constants["SEVERAL"] and launch.numbers[7] > 1
+    assert launch.constants[kind] and (launch.numbers[7] > 1) is (kind == "SEVERAL")
     first, _ = launch.start(*inputs, Keys())
-    assert len(proved) == 1 and min(proved.values()) >= 2 * len(variants.COUNTS) * 1024
+    deals = len(variants.COUNTS) if kind == "SEVERAL" else 1
+    assert len(proved) == 1 and min(proved.values()) >= 2 * deals * 1024
     want = reference(*inputs)
     assert as_bytes(first.cpu()) == as_bytes(want.cpu())
     query, key, value = inputs

@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = {
     "SPANS": False, "MASK": 0, "STARTED": False, "COUNTED": False, "SINK": False, "WANT_LSE": False,
 }  # fmt: skip
 TILES = {**COMMON, "BM": 64}
-FEW = {**COMMON, "BM": 16, "POSITIONS": 1, "SCAN": False, "SEVERAL": False}
+FEW = {**COMMON, "BM": 16, "POSITIONS": 1, "SCAN": False, "SEVERAL": False, "WHOLE": False}
 PREFILL = {
     "G": 4, "SHARE": 1, "D": 64, "DV": 64, "DP": 64, "DVP": 64, "BM": 64, "CAUSAL": True, "WANT_LSE": False,
 }  # fmt: skip

@@ -143,7 +143,7 @@ FAULTS = {
         ("    if BIASED:\n", "    if BIASED and K < 0:\n"),
     ),
     "a tile without its last row": (("    here = at < end\n", "    here = at + 1 < end\n"),),
-    "results a row further": (("    to = OUT + a.to(tl.int64)", "    to = OUT + (a + 1).to(tl.int64)"),),
+    "results a row further": (("    to = OUT + row.to(tl.int64)", "    to = OUT + (row + 1).to(tl.int64)"),),
 }  # fmt: skip
 """Kernels with another order of a sum, or that write elsewhere, as changes of the kernel's text."""
 
