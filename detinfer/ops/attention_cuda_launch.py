@@ -13,6 +13,7 @@ import torch
 from detinfer.errors import NativeError, RefusedError, UsageError
 from detinfer.ops.attention import NAME
 from detinfer.ops.attention_cuda_workspace import workspace
+from detinfer.ops.attention_deal import BY_RULE, Deal, by_rule, chip
 
 WIDEST = 256
 """Greatest depth of a head."""
@@ -22,13 +23,6 @@ _SCANNED = 16384  # a mask up to here is read by the decode kernel itself
 _LEAST_SCALE = 2.0**-100  # of ``prefill``, where a masked score times the scale has to stay -inf
 _FEW_ROWS = 16  # the least rows of a tile on the matrix unit
 
-FILLED = 2
-"""Programs of decode for each multiprocessor that read as fast as more of them would."""
-FITTING = 4
-"""Programs of decode that run on a multiprocessor at a time: a launch that has a few more lets each take several splits of its
-row, so that it ends with all of them. Measured on an H200 (docs/reference/benchmarks.md)."""
-CROWDED = 19
-"""Programs for each multiprocessor from which that gains nothing: what the last ones take is little beside the rest."""
 Span = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -83,42 +77,6 @@ class Shape:
     rows: int
     warps: int
     stages: int
-
-
-@dataclass(frozen=True)
-class Deal:
-    """How decode's splits are dealt to programs: ``each`` to one, its warps, stages of its pipeline. 0: by the rule.
-    ``whole``: all of a row to one, whatever ``each`` says.
-
-    Bits do not depend on it. More than one ``each`` is machine code of its own, the same for any number; whole rows too.
-    """
-
-    each: int = 0
-    warps: int = 0
-    stages: int = 0
-    whole: bool = False
-
-
-BY_RULE = Deal()
-
-
-def _each(rows: int, splits: int, processors: int) -> int:
-    """Splits that a program takes where ``rows`` rows have ``splits`` each: one, or so many that all programs fit at a time."""
-    if rows * splits > CROWDED * processors:
-        return 1
-    fitting = (n for n in range(1, splits + 1) if rows * -(-splits // n) <= FITTING * processors)
-    return next(fitting, 1)
-
-
-def _whole(rows: int, processors: int) -> bool:
-    """Whether a program takes a whole row: where rows alone give all of the chip something to read, and end together or are
-    a crowd. Nothing is left for another program then. However long the rows, so that machine code stays while they grow."""
-    return FILLED * processors < rows <= FITTING * processors or rows > CROWDED * processors
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _tile(depth: int, dtype: torch.dtype) -> Shape:
@@ -375,18 +333,13 @@ def _cut(
     longest = kernels.least << 9  # where the kernels' _split_length ends: beyond it a row has more splits
     programs = batch * kv_heads * few
     splits = max(min(kernels.most, -(-n_keys // kernels.least)), -(-n_keys // longest))
-    processors, stages = _multiprocessors(q.device), few_shape.stages
-    if stages > 1 and deepest <= 128 and programs * kernels.most <= 2 * processors:
-        stages = 3  # two of a multiprocessor at most, however long the rows: each hides its own waiting
-    each, several, whole = min(deal.each, splits), deal.each > 1, deal.whole
+    # float32: its products leave no register for more than one split.
+    measured = deepest <= 128 and q.dtype is not torch.float32 and torch.version.hip is None
+    each, several, whole, stages = min(deal.each, splits), deal.each > 1, deal.whole, few_shape.stages
     if not deal.each:
-        each, several = 1, False
-        if q.dtype is not torch.float32:  # whose products leave no register for more
-            whole = whole or _whole(programs, processors)
-            each = _each(programs, splits, processors)
-            # If any length of these rows has several: rows grow, and other machine code must not be made in the middle of
-            # a generation.
-            several = any(_each(programs, n, processors) > 1 for n in range(2, kernels.most + 1))
+        each, several, whole, stages = by_rule(programs, splits, kernels.most, chip(q.device), stages, measured)
+        if q.dtype is torch.float32:
+            each, several = 1, False
     if whole:
         each, several, splits = 1, False, 1
     pieces = -(-splits // each)

@@ -9,7 +9,8 @@ import torch
 from detinfer.bits import first_mismatch
 from detinfer.errors import Diverged
 from detinfer.ops.attention_cuda import attention, paged_attention, reference, scaled_dot_product_attention
-from detinfer.ops.attention_cuda_launch import BY_RULE, Deal, Keys, run
+from detinfer.ops.attention_cuda_launch import Keys, run
+from detinfer.ops.attention_deal import BY_RULE, Deal
 from detinfer.ops.evidence import Evidence
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

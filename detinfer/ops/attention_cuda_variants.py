@@ -22,8 +22,9 @@ from detinfer.errors import Diverged, RefusedError
 from detinfer.ops import attention_cuda_launch as launches
 from detinfer.ops.attention import NAME
 from detinfer.ops.attention_cuda import reference
-from detinfer.ops.attention_cuda_launch import Deal, Keys, Launch, plan
+from detinfer.ops.attention_cuda_launch import Keys, Launch, plan
 from detinfer.ops.attention_cuda_proof import check_close
+from detinfer.ops.attention_deal import BY_RULE, Deal
 from detinfer.torch_alone import torch_alone
 
 LENGTHS = (700, 4627)
@@ -110,7 +111,7 @@ def _prove(
 def _deals(launch: Launch) -> tuple[Deal, ...]:
     """What holds a launch to the machine code of ``launch``: where a program takes several splits, each of some counts."""
     if launch.kernel != "decode":
-        return (launches.BY_RULE,)
+        return (BY_RULE,)
     shape = launch.constants["num_warps"], launch.constants["num_stages"], launch.constants["WHOLE"]
     return tuple(Deal(each, *shape) for each in (COUNTS if launch.constants["SEVERAL"] else (1,)))
 

@@ -26,7 +26,9 @@ def built(where: Path, header: str = HEADER, off: int = 0) -> Path:
     program, source = where / f"logarithms{off}", ROOT / "tests/native/rows/main.cpp"
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-w", f"-DOFF={off}", "-I", where, "-I", ROOT / "csrc"]
     for own in (["-march=native"], []):  # with an instruction for FMAs; without it the same, slower
-        done = subprocess.run([compiler, *flags, *own, source, "-o", program], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [compiler, *flags, *own, source, "-o", program], capture_output=True, text=True, check=False
+        )
         if done.returncode == 0:
             return program
     raise AssertionError(done.stderr)
@@ -63,7 +65,10 @@ def test_the_reciprocal_may_be_a_little_wrong(off: int, tmp_path: Path) -> None:
         ("fma_rn(t_low, q, first_low)", "first_low"),
         ("0x1p-35f", "0x1p-40f"),
         ("root_half = 0x3f3504f4u", "root_half = 0x3f800000u"),
-        ("s_low = mul_rn(fma_rn(-s, by_low, fma_rn(-s, by, f)), inverse)", "s_low = mul_rn(fma_rn(-s, by, f), inverse)"),
+        (
+            "s_low = mul_rn(fma_rn(-s, by_low, fma_rn(-s, by, f)), inverse)",
+            "s_low = mul_rn(fma_rn(-s, by, f), inverse)",
+        ),
         ("bits - one < 0x40000000u && ", ""),
     ],
     ids=["a low part lost", "a range too narrow", "another fraction", "a sum's low part lost", "any sum"],

@@ -20,7 +20,8 @@ import triton.language as tl
 from detinfer.bits import as_bytes
 from detinfer.ops import attention_cuda_launch as launch
 from detinfer.ops import attention_triton
-from detinfer.ops.attention_cuda_launch import Deal, Keys, plan
+from detinfer.ops.attention_cuda_launch import Keys, plan
+from detinfer.ops.attention_deal import Deal
 
 DEPTH, SPLIT, PAGE = 16, 128, 16
 SPACES: list[tuple[torch.Tensor, ...]] = []

@@ -20,6 +20,7 @@ from detinfer.errors import Diverged
 from detinfer.ops import attention_cuda_launch as launch
 from detinfer.ops import attention_cuda_variants as variants
 from detinfer.ops.attention_cuda_launch import Keys, plan
+from detinfer.ops.attention_deal import Chip
 
 DEPTH, VALUE_DEPTH, KEYS, PAGE = 24, 16, 420, 16
 
@@ -34,7 +35,7 @@ def on_the_cpu() -> None:
     torch._C._cuda_getDevice = lambda: None  # type: ignore[attr-defined]
     torch.cuda.is_current_stream_capturing = lambda: False
     launch._check_devices = lambda *_: None  # type: ignore[assignment]
-    launch._multiprocessors = lambda _: 1  # type: ignore[assignment]
+    launch.chip = lambda _: Chip(1, 0)  # type: ignore[assignment]
 
     def workspace(out: torch.Tensor, programs: int, splits: int, rows: int, width: int) -> tuple[torch.Tensor, ...]:
         count = programs * splits * rows

@@ -13,7 +13,8 @@ import torch
 from detinfer.errors import Diverged, RefusedError, UsageError
 from detinfer.ops import attention_cuda, attention_cuda_launch, attention_cuda_variants
 from detinfer.ops.attention_cuda import attention, paged_attention, scaled_dot_product_attention
-from detinfer.ops.attention_cuda_launch import Deal, Keys, plan
+from detinfer.ops.attention_cuda_launch import Keys, plan
+from detinfer.ops.attention_deal import BY_RULE, Chip, Deal
 
 
 def shown(arguments: tuple[Any, ...]) -> list[Any]:
@@ -58,6 +59,7 @@ class Compiled:
 
 
 STREAM = 77
+H200 = Chip(132, 227 << 10)
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     )
     space = torch.zeros(1 << 22)
     monkeypatch.setattr(attention_cuda_launch, "kernels_of_triton", lambda: kernels)
-    monkeypatch.setattr(attention_cuda_launch, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(attention_cuda_launch, "chip", lambda _: H200)
     monkeypatch.setattr(attention_cuda_launch, "_check_devices", lambda *_: None)
     monkeypatch.setattr(attention_cuda_launch, "workspace", lambda *work: (space, space, space, space))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
@@ -208,9 +210,9 @@ def test_few_rows_of_a_long_sequence_are_split(calls: list[tuple[Any, ...]]) -> 
 
 
 def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many that all programs run at a time, one where there are far more, what it is told; one kernel for rows that grow."""
+    """Whole rows where they fill the chip, else so many that all programs run at a time; one kernel for rows that grow."""
 
-    def dealt(keys: int, batch: int = 8, deal: Deal = attention_cuda_launch.BY_RULE) -> tuple[Any, ...]:
+    def dealt(keys: int, batch: int = 8, deal: Deal = BY_RULE) -> tuple[Any, ...]:
         launch = plan(*inputs(heads=8, kv_heads=8, keys=keys, batch=batch), Keys(), 1.0, None, False, None, deal)
         assert launch.kernel == "decode" and launch.work[1] == launch.grid[0] * launch.numbers[7]
         return launch.grid, launch.numbers[7], launch.constants["SEVERAL"]
@@ -228,34 +230,39 @@ def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypat
         proved = [plan(*inputs(), Keys(), 1.0, None, False, None, d) for d in attention_cuda_variants._deals(launch)]
         assert [made.numbers[7] for made in proved] == [min(count, 4) for count in counts]
         assert all(made.constants == launch.constants for made in proved), "the proof is of other machine code"
-    # 132 multiprocessors: 528 programs run at a time, and more than 2508 are a crowd.
+    # 132 multiprocessors: 528 programs run at a time, and from 119 rows on each has a program.
     assert [dealt(keys) for keys in (200, 1000, 1100, 2048, 4096, 4097, 100000)] == [
         ((1, 64), 1, True), ((4, 64), 1, True), ((5, 64), 1, True), ((8, 64), 1, True), ((8, 64), 2, True),
         ((8, 64), 2, True), ((8, 64), 2, True),
     ]  # fmt: skip
-    # Rows that fill the chip and fit have a program each, as do rows that are a crowd; what lies between has a split each.
-    assert {dealt(keys, batch=batch) for keys in (200, 4096, 100000) for batch in (34, 64)} == {
-        ((1, 272), 1, False), ((1, 512), 1, False),
-    }  # fmt: skip
-    whole = [
-        plan(*inputs(heads=8, kv_heads=8, keys=2000, batch=batch), Keys(), 1.0, None, False).constants["WHOLE"]
-        for batch in (33, 34, 66, 67, 313, 314)
-    ]
-    assert whole == [False, True, True, False, False, True]
-    assert [dealt(4096, batch=batch) for batch in (10, 12, 16, 19, 20)] == [
-        ((6, 80), 3, True), ((4, 96), 4, True), ((4, 128), 4, True), ((3, 152), 6, True), ((16, 160), 1, True),
+    assert [dealt(4096, batch=batch) for batch in (1, 4, 5, 10, 12, 14)] == [
+        ((16, 8), 1, False), ((16, 32), 1, False), ((8, 40), 2, True), ((6, 80), 3, True), ((4, 96), 4, True),
+        ((4, 112), 4, True),
     ]  # fmt: skip
-    assert dealt(1024, batch=75) == ((4, 600), 1, False), "whole rows do not fit either, however long"
-    assert dealt(4096, batch=1) == ((16, 8), 1, False) and dealt(4096, batch=4) == ((16, 32), 1, False)
-    stages = [
-        plan(*inputs(heads=8, kv_heads=8, keys=n, batch=b), Keys(), 1.0, None, False).constants["num_stages"]
-        for b, n in ((1, 100), (2, 9000), (3, 100), (64, 9000))
-    ]
-    assert stages == [3, 3, 2, 2], "where three programs cannot meet, each loads further ahead"
-    monkeypatch.setattr(attention_cuda_launch, "_multiprocessors", lambda _: 16)
+    assert {dealt(keys, batch=64) for keys in (200, 4096, 9000)} == {((1, 512), 1, False)}
+
+    def shape_of(batch: int, keys: int = 2000, **sizes: int) -> tuple[bool, int]:
+        given = inputs(heads=8, kv_heads=8, keys=keys, batch=batch, **sizes)
+        found = plan(*given, Keys(), 1.0, None, False).constants
+        return found["WHOLE"], found["num_stages"]
+
+    assert [shape_of(batch, keys) for batch in (1, 2, 3, 14) for keys in (100, 9000)] == [
+        (False, 3), (False, 3), (False, 3), (False, 3), (False, 2), (False, 2), (False, 2), (False, 2),
+    ]  # fmt: skip
+    assert [shape_of(batch) for batch in (15, 16, 17, 33, 34, 66, 67, 400)] == [
+        (True, 5), (True, 5), (True, 3), (True, 3), (True, 2), (True, 2), (True, 3), (True, 3),
+    ]  # fmt: skip
+    assert shape_of(64, depth=192) == (False, 2), "deeper heads were not measured"
+    monkeypatch.setattr(attention_cuda_launch, "chip", lambda _: Chip(132, 99 << 10))
+    assert [shape_of(batch) for batch in (1, 16, 24, 64)] == [(False, 3), (True, 3), (True, 3), (True, 2)]
+    monkeypatch.setattr(attention_cuda_launch, "chip", lambda _: Chip(132, 64 << 10))
+    assert [shape_of(batch) for batch in (1, 16)] == [(False, 2), (True, 2)], "stages that shared memory has room for"
+    monkeypatch.setattr(attention_cuda_launch, "chip", lambda _: Chip(16, 227 << 10))
     assert dealt(4096, batch=1) == ((8, 8), 2, True), "a smaller chip is filled sooner"
+    assert shape_of(2) == (True, 5)
     float32 = [t.float() for t in inputs(heads=8, kv_heads=8, keys=4096, batch=64)]
-    assert not plan(float32[0], float32[1], float32[2], Keys(), 1.0, None, False).constants["SEVERAL"]
+    single = plan(float32[0], float32[1], float32[2], Keys(), 1.0, None, False).constants
+    assert not single["SEVERAL"] and not single["WHOLE"]
     many = plan(*inputs(heads=128, kv_heads=2, keys=4096, batch=64), Keys(), 1.0, None, False).constants
     assert (many["BM"], many["num_warps"]) == (64, 4)
 

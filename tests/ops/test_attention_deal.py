@@ -17,8 +17,9 @@ from detinfer.bits import as_bytes
 from detinfer.ops import attention_cuda_launch as launches
 from detinfer.ops import attention_cuda_variants as variants
 from detinfer.ops.attention_cuda import reference, scaled_dot_product_attention
-from detinfer.ops.attention_cuda_launch import Deal, Keys
+from detinfer.ops.attention_cuda_launch import Keys
 from detinfer.ops.attention_cuda_proof import by_path, causal_mask, stress
+from detinfer.ops.attention_deal import Chip, Deal
 
 COUNTS = (2, 3, 4, 8, 16)
 SHAPES = ((2, 3), (2, 2), (4, 2))
@@ -111,7 +112,7 @@ def test_other_deals_and_their_proofs(kind: str, batch: int, monkeypatch: pytest
     """The machine code for several splits, and that for whole rows, is proved before its first result, once."""
     proved: dict[str, int] = {}
     monkeypatch.setattr(variants, "_proved", proved)
-    monkeypatch.setattr(launches, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(launches, "chip", lambda _: Chip(132, 227 << 10))
     inputs = stress((32, 8), 1, 1025, 128, torch.bfloat16, batch)
     launch = launches.plan(*inputs, Keys(), 128**-0.5, None, False)
     assert launch.constants[kind] and (launch.numbers[7] > 1) is (kind == "SEVERAL")

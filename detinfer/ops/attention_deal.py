@@ -1,0 +1,100 @@
+"""How decode's splits are dealt to programs on a GPU, and how far these load ahead: matters of speed, which change no bit.
+
+The rule was written from times of heads of depth 128 in bf16 on one H200 (docs/reference/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+WHOLE = 0.9
+"""Rows for each multiprocessor from which a program takes a whole row, merges its splits as they end and leaves none: what is
+left has to be written, announced and read again, and that was up to a tenth of the time."""
+
+FITTING = 4
+"""Programs that run on a multiprocessor at a time. Fewer rows than ``WHOLE`` have programs for parts of them, and each takes so
+many splits that all fit: of a few more, the last ones would run alone."""
+
+STAGES = ((1.0, 5), (2.0, 3), (4.0, 2))
+"""Stages of the pipeline for whole rows, up to so many for each multiprocessor; 3 beyond. A program that is alone on one has to
+load further ahead than those which hide each other's waiting; with fewer stages more programs fit."""
+
+_STAGE_BYTES = 32 << 10  # of 64 keys and values of depth 128, once for each stage but the first
+_OTHER_BYTES = 24 << 10  # at most, of what else such a program keeps in shared memory
+
+
+class Chip(NamedTuple):
+    """What of a GPU the rule looks at."""
+
+    processors: int
+    shared: int
+    """Bytes of shared memory that a program can have."""
+
+
+@functools.cache
+def chip(device: torch.device) -> Chip:
+    """The numbers of a device."""
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)  # AMD's have no such number
+    return Chip(int(properties.multi_processor_count), int(shared))
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How decode's splits are dealt to programs: ``each`` to one, its warps, stages of its pipeline. 0: by the rule.
+    ``whole``: all of a row to one, whatever ``each`` says.
+
+    More than one ``each`` is machine code of its own, the same for any number; whole rows are another.
+    """
+
+    each: int = 0
+    warps: int = 0
+    stages: int = 0
+    whole: bool = False
+
+
+BY_RULE = Deal()
+
+
+class Dealt(NamedTuple):
+    """What the rule says of a launch. ``several``: the machine code that takes any number of splits."""
+
+    each: int
+    several: bool
+    whole: bool
+    stages: int
+
+
+def by_rule(rows: int, splits: int, most: int, on: Chip, stages: int, measured: bool) -> Dealt:
+    """For ``rows`` rows of ``splits`` splits, ``most`` in any row. ``measured``: whether the rule is for heads like these on a
+    GPU like this one; if not, no program takes a whole row, and each has ``stages``.
+
+    Which machine code runs follows from the number of rows alone: rows grow, and other code must not be compiled and proved
+    in the middle of a generation.
+    """
+    if measured and rows >= WHOLE * on.processors:
+        return Dealt(1, False, True, _stages(rows, on))
+    if measured and rows * most <= 2 * on.processors:
+        stages = min(3, _fitting_stages(on))  # two programs of a multiprocessor at most, however long the rows
+    several = any(_each(rows, n, on) > 1 for n in range(2, most + 1))
+    return Dealt(_each(rows, splits, on), several, False, stages)
+
+
+def _each(rows: int, splits: int, on: Chip) -> int:
+    """Splits that a program takes: so few that all programs fit at a time; one where they never do."""
+    fitting = (n for n in range(1, splits + 1) if rows * -(-splits // n) <= FITTING * on.processors)
+    return next(fitting, 1)
+
+
+def _stages(rows: int, on: Chip) -> int:
+    wanted = next((stages for upper, stages in STAGES if rows <= upper * on.processors), 3)
+    return min(wanted, _fitting_stages(on))
+
+
+def _fitting_stages(on: Chip) -> int:
+    """The most stages that shared memory has room for; two where it has room for less than that, or says nothing."""
+    return 1 + max(1, (on.shared - _OTHER_BYTES) // _STAGE_BYTES)
