@@ -107,7 +107,7 @@ def test_every_deal_gives_the_plain_kernels_bytes(shape: tuple[int, int]) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kind", "batch"), [("SEVERAL", 32), ("WHOLE", 64)])
+@pytest.mark.parametrize(("kind", "batch"), [("SEVERAL", 14), ("WHOLE", 64)])
 def test_other_deals_and_their_proofs(kind: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine code for several splits, and that for whole rows, is proved before its first result, once."""
     proved: dict[str, int] = {}
