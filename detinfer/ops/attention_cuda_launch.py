@@ -333,8 +333,9 @@ def _cut(
     longest = kernels.least << 9  # where the kernels' _split_length ends: beyond it a row has more splits
     programs = batch * kv_heads * few
     splits = max(min(kernels.most, -(-n_keys // kernels.least)), -(-n_keys // longest))
-    # float32: its products leave no register for more than one split.
-    measured = deepest <= 128 and q.dtype is not torch.float32 and torch.version.hip is None
+    # float32: its products leave no register for more than one split. Tiles of more rows need more shared memory.
+    measured = deepest <= 128 and group * positions <= _FEW_ROWS and q.dtype is not torch.float32
+    measured = measured and torch.version.hip is None
     each, several, whole, stages = min(deal.each, splits), deal.each > 1, deal.whole, few_shape.stages
     if not deal.each:
         each, several, whole, stages = by_rule(programs, splits, kernels.most, chip(q.device), stages, measured)

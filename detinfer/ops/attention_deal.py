@@ -1,6 +1,7 @@
 """How decode's splits are dealt to programs on a GPU, and how far these load ahead: matters of speed, which change no bit.
 
-The rule was written from times of heads of depth 128 in bf16 on one H200 (docs/reference/benchmarks.md).
+The rule was written from times of heads of depth 128 in bf16, 4 and 8 query heads on each of K and V, on one H200
+(docs/reference/benchmarks.md).
 """
 
 from __future__ import annotations

@@ -264,7 +264,7 @@ def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypat
     single = plan(float32[0], float32[1], float32[2], Keys(), 1.0, None, False).constants
     assert not single["SEVERAL"] and not single["WHOLE"]
     many = plan(*inputs(heads=128, kv_heads=2, keys=4096, batch=64), Keys(), 1.0, None, False).constants
-    assert (many["BM"], many["num_warps"]) == (64, 4)
+    assert (many["BM"], many["num_warps"], many["num_stages"], many["WHOLE"]) == (64, 4, 2, False)
 
 
 def test_refusals_and_functions_of_their_own(calls: list[tuple[Any, ...]]) -> None:

@@ -22,7 +22,7 @@ from detinfer.ops.attention_cuda_proof import by_path, causal_mask, stress
 from detinfer.ops.attention_deal import Chip, Deal
 
 COUNTS = (2, 3, 4, 8, 16)
-SHAPES = ((2, 3), (2, 2), (4, 2))
+SHAPES = ((2, 3), (2, 2), (4, 2), (2, 5))
 """Warps, stages of the pipeline."""
 
 

@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from detinfer.ops import attention_plain_triton, attention_prefill_triton, attention_triton  # noqa: E402
+from detinfer.ops import attention_deal, attention_plain_triton, attention_prefill_triton, attention_triton  # noqa: E402
 
 sys.path.append(str(Path(__file__).parent))
 from uniform_registers import unwritten  # noqa: E402
@@ -34,6 +34,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 TILES = {**COMMON, "BM": 64}
 FEW = {**COMMON, "BM": 16, "POSITIONS": 1, "SCAN": False, "SEVERAL": False, "WHOLE": False}
+WHOLE = {**FEW, "D": 128, "DV": 128, "DP": 128, "DVP": 128, "WHOLE": True}
 PREFILL = {
     "G": 4, "SHARE": 1, "D": 64, "DV": 64, "DP": 64, "DVP": 64, "BM": 64, "CAUSAL": True, "WANT_LSE": False,
 }  # fmt: skip
@@ -52,6 +53,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
         attention_triton.decode,
         {**FEW, "D": 128, "DV": 128, "DP": 128, "DVP": 128, "SEVERAL": True},
     ),
+    "decode, whole rows": (attention_triton.decode, WHOLE),
     "prefill": (attention_prefill_triton.prefill, PREFILL),
     "plain": (
         attention_plain_triton.plain,
@@ -63,7 +65,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
 _TYPES = {"LSE": "*fp32", "TOPS": "*fp32", "TOTALS": "*fp32", "OUTS": "*fp32", "ADDED": "*fp32", "c": "fp32"}
 
 
-def compiled(name: str, target: Any) -> Any:
+def compiled(name: str, target: Any, **options: int) -> Any:
     kernel, constants = KERNELS[name]
     dtype = "bf16"
     types = {}
@@ -88,7 +90,8 @@ def compiled(name: str, target: Any) -> Any:
     ]
     attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"enable_fp_fusion": False, "num_warps": 4, "num_stages": 2})
+    chosen = {"enable_fp_fusion": False, "num_warps": 4, "num_stages": 2, **options}
+    return triton.compile(source, target=target, options=chosen)
 
 
 @pytest.mark.parametrize("target", AMD, ids=lambda target: target.arch)
@@ -117,6 +120,25 @@ def test_no_uniform_register_is_read_before_it_is_written(name: str, tmp_path: P
     """What the assembler of Triton 3.6 does wrong in tiles of 16 columns (``uniform_registers``)."""
     text = sass(compiled(name, NVIDIA), tmp_path)
     assert text.count("MMA") >= 2 and not unwritten(text)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"MASK": 1, "SCAN": True},
+        {"MASK": 2, "SCAN": True},
+        {"PAGE": 16, "COUNTED": True, "WINDOW": True, "SINK": True},
+    ],
+    ids=["plain", "a bool mask", "an added mask", "pages, a window, sinks"],
+)
+def test_whole_rows_fit_in_shared_memory(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In as much of it as the rule counts with, where it asks for the most stages."""
+    monkeypatch.setitem(KERNELS, "whole", (attention_triton.decode, {**WHOLE, "G": 8, **more}))
+    stages = max(stages for _, stages in attention_deal.STAGES)
+    shared = compiled("whole", NVIDIA, num_warps=2, num_stages=stages).metadata.shared
+    assert shared <= (stages - 1) * attention_deal._STAGE_BYTES + attention_deal._OTHER_BYTES
+    assert more or shared > (stages - 1) * attention_deal._STAGE_BYTES
 
 
 def sass(code: Any, folder: Path) -> str:
