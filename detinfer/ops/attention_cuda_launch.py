@@ -13,7 +13,7 @@ import torch
 from detinfer.errors import NativeError, RefusedError, UsageError
 from detinfer.ops.attention import NAME
 from detinfer.ops.attention_cuda_workspace import workspace
-from detinfer.ops.attention_deal import BY_RULE, Deal, by_rule, chip
+from detinfer.ops.attention_deal import BY_RULE, WHOLE, WHOLE_MASKED, Deal, by_rule, chip
 
 WIDEST = 256
 """Greatest depth of a head."""
@@ -338,7 +338,12 @@ def _cut(
     measured = measured and torch.version.hip is None
     each, several, whole, stages = min(deal.each, splits), deal.each > 1, deal.whole, few_shape.stages
     if not deal.each:
-        each, several, whole, stages = by_rule(programs, splits, kernels.most, chip(q.device), stages, measured)
+        whole_from = WHOLE if mask is None and keys.starts is None else WHOLE_MASKED
+        if keys.lengths is not None:
+            whole_from = math.inf
+        each, several, whole, stages = by_rule(
+            programs, splits, kernels.most, chip(q.device), stages, measured, whole_from
+        )
         if q.dtype is torch.float32:
             each, several = 1, False
     if whole:

@@ -16,9 +16,15 @@ WHOLE = 0.9
 """Rows for each multiprocessor from which a program takes a whole row, merges its splits as they end and leaves none: what is
 left has to be written, announced and read again, and that was up to a tenth of the time."""
 
+WHOLE_MASKED = 3.0
+"""The same where a mask or padding may make some rows longer than others: a launch lasts as long as its longest row then, and
+only among so many do others make up for a row of twice the mean. Where each sequence has a length of its own, as requests in a
+paged cache have, a row may be any number of times as long, and is never one program's."""
+
 FITTING = 4
-"""Programs that run on a multiprocessor at a time. Fewer rows than ``WHOLE`` have programs for parts of them, and each takes so
-many splits that all fit: of a few more, the last ones would run alone."""
+"""Programs that run on a multiprocessor at a time. Where there are no more rows than multiprocessors, programs take so many
+splits that all fit: of a few more, the last ones would run alone. More rows would be cut into fewer parts than these, and one
+split each was as fast."""
 
 STAGES = ((1.0, 5), (2.0, 3), (4.0, 2))
 """Stages of the pipeline for whole rows, up to so many for each multiprocessor; 3 beyond. A program that is alone on one has to
@@ -70,14 +76,15 @@ class Dealt(NamedTuple):
     stages: int
 
 
-def by_rule(rows: int, splits: int, most: int, on: Chip, stages: int, measured: bool) -> Dealt:
+def by_rule(rows: int, splits: int, most: int, on: Chip, stages: int, measured: bool, whole: float = WHOLE) -> Dealt:
     """For ``rows`` rows of ``splits`` splits, ``most`` in any row. ``measured``: whether the rule is for heads like these on a
-    GPU like this one; if not, no program takes a whole row, and each has ``stages``.
+    GPU like this one; if not, no program takes a whole row, and each has ``stages``. ``whole``: from how many rows for each
+    multiprocessor one does.
 
     Which machine code runs follows from the number of rows alone: rows grow, and other code must not be compiled and proved
     in the middle of a generation.
     """
-    if measured and rows >= WHOLE * on.processors:
+    if measured and rows >= whole * on.processors:
         return Dealt(1, False, True, _stages(rows, on))
     if measured and rows * most <= 2 * on.processors:
         stages = min(3, _fitting_stages(on))  # two programs of a multiprocessor at most, however long the rows
@@ -86,7 +93,9 @@ def by_rule(rows: int, splits: int, most: int, on: Chip, stages: int, measured: 
 
 
 def _each(rows: int, splits: int, on: Chip) -> int:
-    """Splits that a program takes: so few that all programs fit at a time; one where they never do."""
+    """Splits that a program takes: as few as let all programs fit at a time; one where rows are many."""
+    if rows > on.processors:
+        return 1
     fitting = (n for n in range(1, splits + 1) if rows * -(-splits // n) <= FITTING * on.processors)
     return next(fitting, 1)
 

@@ -253,6 +253,24 @@ def test_how_many_splits_a_program_takes(calls: list[tuple[Any, ...]], monkeypat
         (True, 5), (True, 5), (True, 3), (True, 3), (True, 2), (True, 2), (True, 3), (True, 3),
     ]  # fmt: skip
     assert shape_of(64, depth=192) == (False, 2), "deeper heads were not measured"
+
+    def varied(batch: int, **kind: Any) -> tuple[bool, int, bool, int]:
+        given = inputs(heads=8, kv_heads=8, keys=4096, batch=batch)
+        made = plan(*given, Keys(**{name: give(batch) for name, give in kind.items()}), 1.0, None, False)
+        return made.constants["WHOLE"], made.numbers[7], made.constants["SEVERAL"], made.constants["num_stages"]
+
+    def each_int(batch: int) -> torch.Tensor:
+        return torch.zeros(batch, dtype=torch.int32)
+
+    def a_mask(batch: int) -> torch.Tensor:
+        return torch.ones(batch, 1, 1, 4096, dtype=torch.bool).expand(batch, 8, 1, 4096)
+
+    for kind in ({"starts": each_int}, {"added": a_mask}):
+        assert [varied(batch, **kind) for batch in (16, 17, 49, 50, 67)] == [
+            (False, 4, True, 2), (False, 1, False, 2), (False, 1, False, 2), (True, 1, False, 2), (True, 1, False, 3),
+        ], "padded rows may be longer than others"  # fmt: skip
+    for batch in (17, 64, 400):
+        assert varied(batch, lengths=each_int) == (False, 1, False, 2), "one request's row may be very long"
     monkeypatch.setattr(attention_cuda_launch, "chip", lambda _: Chip(132, 99 << 10))
     assert [shape_of(batch) for batch in (1, 16, 24, 64)] == [(False, 3), (True, 3), (True, 3), (True, 2)]
     monkeypatch.setattr(attention_cuda_launch, "chip", lambda _: Chip(132, 64 << 10))
