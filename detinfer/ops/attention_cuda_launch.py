@@ -13,7 +13,7 @@ import torch
 from detinfer.errors import NativeError, RefusedError, UsageError
 from detinfer.ops.attention import NAME
 from detinfer.ops.attention_cuda_workspace import workspace
-from detinfer.ops.attention_deal import BY_RULE, WHOLE, WHOLE_MASKED, Deal, by_rule, chip
+from detinfer.ops.attention_deal import BY_RULE, Deal, by_rule, chip, whole_from
 
 WIDEST = 256
 """Greatest depth of a head."""
@@ -333,19 +333,14 @@ def _cut(
     longest = kernels.least << 9  # where the kernels' _split_length ends: beyond it a row has more splits
     programs = batch * kv_heads * few
     splits = max(min(kernels.most, -(-n_keys // kernels.least)), -(-n_keys // longest))
-    # float32: its products leave no register for more than one split. Tiles of more rows need more shared memory.
-    measured = deepest <= 128 and group * positions <= _FEW_ROWS and q.dtype is not torch.float32
-    measured = measured and torch.version.hip is None
     each, several, whole, stages = min(deal.each, splits), deal.each > 1, deal.whole, few_shape.stages
-    if not deal.each:
-        whole_from = WHOLE if mask is None and keys.starts is None else WHOLE_MASKED
-        if keys.lengths is not None:
-            whole_from = math.inf
-        each, several, whole, stages = by_rule(
-            programs, splits, kernels.most, chip(q.device), stages, measured, whole_from
-        )
-        if q.dtype is torch.float32:
-            each, several = 1, False
+    if not deal.each and q.dtype is torch.float32:
+        each = 1  # its products leave no register for more
+    elif not deal.each:
+        # Tiles of more rows need more shared memory.
+        measured = deepest <= 128 and group * positions <= _FEW_ROWS and torch.version.hip is None
+        fewest = whole_from(mask is not None or keys.starts is not None, keys.lengths is not None)
+        each, several, whole, stages = by_rule(programs, splits, kernels.most, chip(q.device), stages, measured, fewest)
     if whole:
         each, several, splits = 1, False, 1
     pieces = -(-splits // each)

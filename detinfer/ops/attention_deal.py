@@ -7,6 +7,7 @@ The rule was written from times of heads of depth 128 in bf16, 4 and 8 query hea
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,13 +19,13 @@ left has to be written, announced and read again, and that was up to a tenth of 
 
 WHOLE_MASKED = 3.0
 """The same where a mask or padding may make some rows longer than others: a launch lasts as long as its longest row then, and
-only among so many do others make up for a row of twice the mean. Where each sequence has a length of its own, as requests in a
-paged cache have, a row may be any number of times as long, and is never one program's."""
+only among so many, by arithmetic, do others make up for a row of twice the mean."""
 
 FITTING = 4
 """Programs that run on a multiprocessor at a time. Where there are no more rows than multiprocessors, programs take so many
-splits that all fit: of a few more, the last ones would run alone. More rows would be cut into fewer parts than these, and one
-split each was as fast."""
+splits that all fit: of a few more, the last ones would run alone. More rows would be cut into fewer parts than these, too few
+where one is much longer than the rest: they have a program for each split, which took up to 1.1 times as long at 1024 keys and
+no longer from 4096 on."""
 
 STAGES = ((1.0, 5), (2.0, 3), (4.0, 2))
 """Stages of the pipeline for whole rows, up to so many for each multiprocessor; 3 beyond. A program that is alone on one has to
@@ -76,10 +77,15 @@ class Dealt(NamedTuple):
     stages: int
 
 
-def by_rule(rows: int, splits: int, most: int, on: Chip, stages: int, measured: bool, whole: float = WHOLE) -> Dealt:
+def whole_from(masked: bool, own_lengths: bool) -> float:
+    """From how many rows for each multiprocessor a program takes a whole one. ``masked``: there is a mask, or padding. With
+    ``own_lengths``, as requests in a paged cache have them, never: a row may be any number of times as long as the others."""
+    return math.inf if own_lengths else WHOLE_MASKED if masked else WHOLE
+
+
+def by_rule(rows: int, splits: int, most: int, on: Chip, stages: int, measured: bool, whole: float) -> Dealt:
     """For ``rows`` rows of ``splits`` splits, ``most`` in any row. ``measured``: whether the rule is for heads like these on a
-    GPU like this one; if not, no program takes a whole row, and each has ``stages``. ``whole``: from how many rows for each
-    multiprocessor one does.
+    GPU like this one; if not, no program takes a whole row, and each has ``stages``. ``whole``: what ``whole_from`` says.
 
     Which machine code runs follows from the number of rows alone: rows grow, and other code must not be compiled and proved
     in the middle of a generation.
